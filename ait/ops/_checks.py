@@ -1,0 +1,52 @@
+"""Argument checks of the operators: what was expected, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+TOKEN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def op_error(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_tokens(name: str, **pair: Tensor) -> None:
+    """Checks dtype and device of ``(what asks, what is asked)``: float32 or the dtype of the latter, same device."""
+    (asking_name, asking), (tokens_name, tokens) = pair.items()
+    if tokens.dtype not in TOKEN_DTYPES:
+        raise op_error(name, f"{tokens_name} of dtype float32, float64, bfloat16 or float16", tokens.dtype)
+    if asking.dtype not in (torch.float32, tokens.dtype):
+        expected = f"{asking_name} of dtype float32 or that of {tokens_name} ({tokens.dtype})"
+        raise op_error(name, expected, asking.dtype)
+    if asking.device != tokens.device:
+        raise op_error(name, f"{asking_name} on the device of {tokens_name}, {tokens.device}", asking.device)
+
+
+def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise op_error(name, "mask of dtype torch.bool (True = ignore)", mask.dtype)
+    if mask.shape != tokens.shape[:1]:
+        raise op_error(name, f"mask of shape ({tokens.shape[0]},), one entry a token", tuple(mask.shape))
+    if mask.device != tokens.device:
+        raise op_error(name, f"mask on the device of tokens, {tokens.device}", mask.device)
+
+
+def check_positive_int(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise op_error(name, f"{argument} to be an integer", f"{value!r}")
+    if value < 1:
+        raise op_error(name, f"{argument} >= 1", value)
+
+
+def no_double_backward(name: str) -> Callable[..., NoReturn]:
+    """The backward of a backward operator: the error that says so."""
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"ait::{name}: double backward is not implemented")
+
+    return backward

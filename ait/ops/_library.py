@@ -1,0 +1,112 @@
+"""Loads the compiled operators and puts the reference operators where no compiled kernel exists.
+
+The schemas are defined by ``csrc/schemas.cpp``. Without the compiled library (``AIT_PURE_PYTHON=1``)
+the same schemas are defined here, so that ``torch.ops.ait`` looks alike either way; a test compares both.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGE_DIR = Path(__file__).resolve().parent.parent
+
+SCHEMAS = {
+    "bottleneck_select": (
+        "(Tensor query, Tensor tokens, SymInt k, Tensor? mask=None, "
+        "ScalarType? selection_dtype=None) -> (Tensor values, Tensor indices)"
+    ),
+    "bottleneck_attend": (
+        "(Tensor query, Tensor tokens, Tensor indices) -> (Tensor pooled, Tensor gates, Tensor lse)"
+    ),
+    "bottleneck_attend_backward": (
+        "(Tensor? grad_pooled, Tensor? grad_gates, Tensor? grad_lse, Tensor query, Tensor tokens, "
+        "Tensor indices, Tensor pooled, Tensor gates) -> (Tensor grad_query, Tensor grad_tokens)"
+    ),
+    "hopfield_retrieve": (
+        "(Tensor state, Tensor patterns, float beta, int steps, float tol) "
+        "-> (Tensor out, Tensor steps_taken, Tensor lse)"
+    ),
+    "hopfield_retrieve_backward": (
+        "(Tensor grad_out, Tensor state, Tensor patterns, Tensor steps_taken, float beta, int steps) "
+        "-> (Tensor grad_state, Tensor grad_patterns)"
+    ),
+    "memory_snapshot": "(Tensor memory) -> Tensor",
+}
+
+
+def kernel_library_path() -> Path:
+    """Where the Python-free kernel library stands once it is built."""
+    return PACKAGE_DIR / "lib" / "libait_cpu.so"
+
+
+def is_pure_python() -> bool:
+    """Whether the reference operators were asked for instead of compiled ones (``AIT_PURE_PYTHON=1``)."""
+    if os.environ.get("AIT_PURE_PYTHON") == "1":
+        return True
+    if importlib.util.find_spec("ait._build_info") is None:
+        return False
+    from ait._build_info import BUILD_INFO
+
+    return bool(BUILD_INFO["pure_python"])
+
+
+def _load() -> torch.library.Library:
+    if is_pure_python():
+        warnings.warn(
+            "ait runs its reference operators, in plain PyTorch, because AIT_PURE_PYTHON=1 asked for them; "
+            "reinstall without it for the compiled kernels",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        library = torch.library.Library("ait", "FRAGMENT")
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        return library
+    path = kernel_library_path()
+    if not path.exists():
+        raise ImportError(
+            f"ait: the compiled operators are missing ({path}). Build them with `pip install .` in the "
+            "source folder, or set AIT_PURE_PYTHON=1 to run the slower reference operators."
+        )
+    torch.ops.load_library(str(path))
+    return torch.library.Library("ait", "IMPL")
+
+
+LIBRARY = _load()
+
+
+@functools.cache
+def _announce_reference(device_type: str) -> None:
+    """Says once for each device type that the reference operators run there, and what would help."""
+    cure = (
+        "this build of ait has no CUDA kernels (ait.show_config() says why)"
+        if device_type == "cuda"
+        else f"ait has no kernels for device type '{device_type}'"
+    )
+    message = f"ait runs its reference operators, in plain PyTorch, on '{device_type}': {cure}"
+    if os.environ.get("AIT_REQUIRE_KERNELS") == "1":
+        raise RuntimeError(message + "; AIT_REQUIRE_KERNELS=1 makes this an error")
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return next(arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+def register_reference(name: str, reference: Callable[..., Any]) -> None:
+    """Runs ``reference`` for ``ait::name`` on every device that has no compiled kernel."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not is_pure_python():
+            _announce_reference(_first_tensor(args).device.type)
+        return reference(*args, **kwargs)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
