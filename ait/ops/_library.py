@@ -44,7 +44,7 @@ SCHEMAS = {
 
 def kernel_library_path() -> Path:
     """Where the Python-free kernel library stands once it is built."""
-    return PACKAGE_DIR / "lib" / "libait_cpu.so"
+    return PACKAGE_DIR / "libait_cpu.so"
 
 
 def is_pure_python() -> bool:

@@ -1,0 +1,227 @@
+"""Builds the kernel library ``ait/libait_cpu.so`` and the module ``ait._C``; metadata is in pyproject.toml.
+
+Environment variables:
+  AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
+  AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
+  AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512 (default: all that fit the architecture)
+  CXX, MAX_JOBS           compiler; number of parallel compile jobs
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PURE_PYTHON = os.environ.get("AIT_PURE_PYTHON") == "1"
+KERNEL_LIBRARY = "ait.libait_cpu"
+MODULE = "ait._C"
+
+# torch 2.10 is the first release whose stable ABI has all that the operators use; a library built for that
+# target runs under every later torch too.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# Contraction off: a multiply-add is fused only where the code says so, or results would differ between variants.
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
+CAPABILITY_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+}
+
+
+def build_capabilities() -> list[str]:
+    """The instruction sets that kernels are compiled for."""
+    fitting = list(CAPABILITY_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    asked = os.environ.get("AIT_BUILD_CAPABILITIES")
+    if asked is None:
+        return fitting
+    chosen = [name.strip() for name in asked.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in fitting]
+    if unknown or not chosen:
+        raise SystemExit(f"AIT_BUILD_CAPABILITIES: expected some of {','.join(fitting)}, got {asked!r}")
+    return chosen
+
+
+def cuda_status() -> str:
+    """Why the build has no CUDA kernels; an error where ``AIT_CUDA=1`` asks for them."""
+    asked = os.environ.get("AIT_CUDA")
+    if asked not in (None, "", "0", "1"):
+        raise SystemExit(f"AIT_CUDA: expected 0 or 1, got {asked!r}")
+    if asked == "0":
+        return "not built: AIT_CUDA=0"
+    reason = "not built: this version has no CUDA kernels yet"
+    if asked == "1":
+        raise SystemExit(f"AIT_CUDA=1 asks for CUDA kernels: {reason}")
+    return reason
+
+
+def write_build_info(package_dir: Path) -> None:
+    """Records for ``ait.show_config()`` what was built, how, and against what."""
+    if PURE_PYTHON:
+        info: dict[str, object] = {"pure_python": True, "torch": None, "compiler": None, "capabilities": []}
+    else:
+        import torch
+
+        info = {
+            "pure_python": False,
+            "torch": torch.__version__,
+            "compiler": compiler_version(find_compiler()),
+            "capabilities": build_capabilities(),
+        }
+    info["cuda"] = cuda_status()
+    lines = [f"    {key!r}: {value!r},\n" for key, value in info.items()]
+    text = '"""Written by setup.py when the package was built."""\n\nBUILD_INFO = {\n' + "".join(lines) + "}\n"
+    path = package_dir / "_build_info.py"
+    package_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def find_compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(command[0]) is None:
+        raise SystemExit(
+            f"ait: no C++ compiler: '{command[0]}' is not on the PATH. Install one (g++ 11 or clang 14, or newer), "
+            "name it in CXX, or set AIT_PURE_PYTHON=1 for the slower reference operators."
+        )
+    return command
+
+
+def compiler_version(command: list[str]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+class NinjaFile:
+    """Collects build statements; ``str()`` gives the ninja file."""
+
+    def __init__(self, compiler: list[str]) -> None:
+        cxx = shlex.join(compiler)
+        self.lines = [
+            "ninja_required_version = 1.3",
+            "rule compile",
+            f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} -shared $in $flags -o $out",
+        ]
+
+    @staticmethod
+    def escape(path: Path | str) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def add(self, rule: str, output: Path, inputs: list[Path], flags: list[str], after: list[Path] | None = None) -> Path:
+        implicit = " | " + " ".join(map(self.escape, after)) if after else ""
+        self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}{implicit}")
+        self.lines.append("  flags = " + " ".join(shlex.quote(flag) for flag in flags).replace("$", "$$"))
+        return output
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def write_ninja_file(build_dir: Path) -> dict[str, Path]:
+    """Writes ``build.ninja``; returns the shared library of each extension."""
+    import pybind11
+    import torch
+
+    csrc, compiler = ROOT / "csrc", find_compiler()
+    python_include = Path(sysconfig.get_paths()["include"])
+    if not (python_include / "Python.h").exists():
+        raise SystemExit(f"ait: no Python.h in {python_include}: install the headers of this Python (python3-dev)")
+    ninja = NinjaFile(compiler)
+    common = [f"-I{csrc}"]
+    torch_dir = Path(torch.__file__).parent
+    torch_flags = [*common, *STABLE_ABI, f"-isystem{torch_dir / 'include'}"]
+
+    capabilities = build_capabilities()
+    enabled = [f"-DAIT_BUILD_{name.upper()}=1" for name in capabilities]
+    objects = []
+    for source in [csrc / "schemas.cpp", *sorted((csrc / "common").glob("*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]:
+        stem = source.relative_to(csrc).with_suffix("")
+        if not stem.name.endswith("_kernel"):
+            objects.append(ninja.add("compile", build_dir / f"{stem}.o", [source], [*torch_flags, *enabled]))
+            continue
+        for name in capabilities:
+            flags = [*common, f"-DAIT_CAPABILITY={name}", *shlex.split(CAPABILITY_FLAGS[name])]
+            objects.append(ninja.add("compile", build_dir / f"{stem}.{name}.o", [source], flags))
+
+    kernel_library = build_dir / "libait_cpu.so"
+    torch_libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    ninja.add("link", kernel_library, objects, ["-Wl,-soname,libait_cpu.so", "-Wl,--no-undefined", *torch_libraries])
+
+    module_flags = [*common, f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
+    module_object = ninja.add("compile", build_dir / "module.o", [csrc / "module.cpp"], module_flags)
+    module = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module_libraries = [f"-L{build_dir}", "-lait_cpu", "-Wl,-rpath,$ORIGIN"]
+    ninja.add("link", module, [module_object], module_libraries, after=[kernel_library])
+
+    text = str(ninja)
+    build_dir.mkdir(parents=True, exist_ok=True)
+    path = build_dir / "build.ninja"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    print(f"ait: building against torch {torch.__version__} for {', '.join(capabilities)}; CUDA {cuda_status()}")
+    return {KERNEL_LIBRARY: kernel_library, MODULE: module}
+
+
+class BuildExtensions(build_ext):
+    """Runs ninja, then lays the libraries where setuptools wants them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The kernel library is no Python module, so its name carries no tag of a Python version.
+        if fullname.endswith("libait_cpu"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        libraries = write_ninja_file(build_dir)
+        try:
+            import ninja
+
+            command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build_dir)]
+        except ImportError:
+            command = ["ninja", "-C", str(build_dir)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit(
+                "ait: compiling the kernels failed; the compiler's message is above. "
+                "AIT_PURE_PYTHON=1 installs the slower reference operators instead."
+            )
+        for name, library in libraries.items():
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(library, target)
+            # A running process may have the old library mapped: the new one must be another file.
+            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace or self.editable_mode:
+            write_build_info(ROOT / "ait")
+
+
+class BuildPython(build_py):
+    """Adds the record of the build to the package."""
+
+    def run(self) -> None:
+        super().run()
+        write_build_info(ROOT / "ait" if self.editable_mode else Path(self.build_lib) / "ait")
+
+
+setup(
+    ext_modules=[] if PURE_PYTHON else [Extension(KERNEL_LIBRARY, []), Extension(MODULE, [])],
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
+)
