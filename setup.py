@@ -204,8 +204,12 @@ class BuildExtensions(build_ext):
             target = Path(self.get_ext_fullpath(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(library, target)
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in self.extensions:
             # A running process may have the old library mapped: the new one must be another file.
-            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
+            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def run(self) -> None:
         super().run()
