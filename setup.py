@@ -80,7 +80,11 @@ def write_build_info(package_dir: Path) -> None:
         }
     info["cuda"] = cuda_status()
     lines = [f"    {key!r}: {value!r},\n" for key, value in info.items()]
-    text = '"""Written by setup.py when the package was built."""\n\nBUILD_INFO = {\n' + "".join(lines) + "}\n"
+    text = (
+        '"""Written by setup.py when the package was built."""\n\nfrom typing import Any\n\nBUILD_INFO: dict[str, Any] = {\n'
+        + "".join(lines)
+        + "}\n"
+    )
     path = package_dir / "_build_info.py"
     package_dir.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -120,7 +124,9 @@ class NinjaFile:
     def escape(path: Path | str) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def add(self, rule: str, output: Path, inputs: list[Path], flags: list[str], after: list[Path] | None = None) -> Path:
+    def add(
+        self, rule: str, output: Path, inputs: list[Path], flags: list[str], after: list[Path] | None = None
+    ) -> Path:
         implicit = " | " + " ".join(map(self.escape, after)) if after else ""
         self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}{implicit}")
         self.lines.append("  flags = " + " ".join(shlex.quote(flag) for flag in flags).replace("$", "$$"))
@@ -147,7 +153,11 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
     capabilities = build_capabilities()
     enabled = [f"-DAIT_BUILD_{name.upper()}=1" for name in capabilities]
     objects = []
-    for source in [csrc / "schemas.cpp", *sorted((csrc / "common").glob("*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]:
+    for source in [
+        csrc / "schemas.cpp",
+        *sorted((csrc / "common").glob("*.cpp")),
+        *sorted((csrc / "cpu").glob("*.cpp")),
+    ]:
         stem = source.relative_to(csrc).with_suffix("")
         if not stem.name.endswith("_kernel"):
             objects.append(ninja.add("compile", build_dir / f"{stem}.o", [source], [*torch_flags, *enabled]))
@@ -164,7 +174,7 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
     module_object = ninja.add("compile", build_dir / "module.o", [csrc / "module.cpp"], module_flags)
     module = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     module_libraries = [f"-L{build_dir}", "-lait_cpu", "-Wl,-rpath,$ORIGIN"]
-    ninja.add("link", module, [module_object], module_libraries, after=[kernel_library])
+    ninja.add("link", module, [module_object], module_libraries, after=kernel_library)
 
     text = str(ninja)
     build_dir.mkdir(parents=True, exist_ok=True)

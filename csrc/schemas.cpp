@@ -1,4 +1,5 @@
-// The operators' schemas, for every device. `ait/ops/_library.py` repeats them for builds without kernels.
+// The operators' schemas, for every device. `ait/ops/_library.py` repeats them for builds without
+// kernels.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ait, m) {

@@ -23,9 +23,7 @@ SCHEMAS = {
         "(Tensor query, Tensor tokens, SymInt k, Tensor? mask=None, "
         "ScalarType? selection_dtype=None) -> (Tensor values, Tensor indices)"
     ),
-    "bottleneck_attend": (
-        "(Tensor query, Tensor tokens, Tensor indices) -> (Tensor pooled, Tensor gates, Tensor lse)"
-    ),
+    "bottleneck_attend": ("(Tensor query, Tensor tokens, Tensor indices) -> (Tensor pooled, Tensor gates, Tensor lse)"),
     "bottleneck_attend_backward": (
         "(Tensor? grad_pooled, Tensor? grad_gates, Tensor? grad_lse, Tensor query, Tensor tokens, "
         "Tensor indices, Tensor pooled, Tensor gates) -> (Tensor grad_query, Tensor grad_tokens)"

@@ -33,10 +33,8 @@ def bottleneck_select(
     if selection_dtype is not None:
         query, tokens = query.to(selection_dtype), tokens.to(selection_dtype)
     logits = torch.einsum("grd,tgd->grt", query.to(dtype), tokens.to(dtype))
-    if mask is None:
-        candidates = torch.arange(num_tokens, device=tokens.device)
-    else:
-        candidates = torch.nonzero(~mask).squeeze(1)
+    ignored = torch.zeros(num_tokens, dtype=torch.bool, device=tokens.device) if mask is None else mask
+    candidates = torch.nonzero(~ignored).squeeze(1)
     # A stable descending sort keeps the lower index first among equals and puts NaN before everything.
     order = torch.sort(logits[..., candidates], dim=-1, descending=True, stable=True).indices
     kept = candidates[order[..., :width]].sort(dim=-1).values
@@ -120,7 +118,7 @@ def hopfield_retrieve_backward(
     dtype = accumulate_dtype(state.dtype)
     p_ME = patterns.to(dtype)
     states, weights = [state.to(dtype)], []
-    for step in range(steps):
+    for _ in range(steps):
         weights.append(torch.softmax(beta * (states[-1] @ p_ME.T), dim=-1))
         states.append(weights[-1] @ p_ME)
     grad_xi_TE, grad_p_ME = grad_out.to(dtype), torch.zeros_like(p_ME)

@@ -20,21 +20,21 @@ AIT_API const char* capability_name();
 // The kernels' table for the capability in use, `ait::cpu::<capability>::name`. A variant that was
 // not built must not be referred to, or linking fails.
 #ifdef AIT_BUILD_AVX512
-#define AIT_CASE_AVX512(name) \
+#define AIT_CASE_AVX512(name)          \
   case ::ait::cpu::Capability::avx512: \
     return ::ait::cpu::avx512::name;
 #else
 #define AIT_CASE_AVX512(name)
 #endif
 #ifdef AIT_BUILD_AVX2
-#define AIT_CASE_AVX2(name) \
+#define AIT_CASE_AVX2(name)          \
   case ::ait::cpu::Capability::avx2: \
     return ::ait::cpu::avx2::name;
 #else
 #define AIT_CASE_AVX2(name)
 #endif
 #ifdef AIT_BUILD_BASELINE
-#define AIT_CASE_BASELINE(name) \
+#define AIT_CASE_BASELINE(name)          \
   case ::ait::cpu::Capability::baseline: \
     return ::ait::cpu::baseline::name;
 #else
@@ -42,24 +42,24 @@ AIT_API const char* capability_name();
 #endif
 
 // Body of a function that returns `const Table&` of the capability in use.
-#define AIT_RETURN_KERNELS(name) \
+#define AIT_RETURN_KERNELS(name)      \
   switch (::ait::cpu::capability()) { \
-    AIT_CASE_AVX512(name) \
-    AIT_CASE_AVX2(name) \
-    AIT_CASE_BASELINE(name) \
-    default: \
-      break; \
-  } \
+    AIT_CASE_AVX512(name)             \
+    AIT_CASE_AVX2(name)               \
+    AIT_CASE_BASELINE(name)           \
+    default:                          \
+      break;                          \
+  }                                   \
   __builtin_unreachable()
 
 // Declares the kernels' table for every capability.
 #define AIT_DECLARE_KERNELS(Table, name) \
-  namespace baseline { \
-  extern const Table name; \
-  } \
-  namespace avx2 { \
-  extern const Table name; \
-  } \
-  namespace avx512 { \
-  extern const Table name; \
+  namespace baseline {                   \
+  extern const Table name;               \
+  }                                      \
+  namespace avx2 {                       \
+  extern const Table name;               \
+  }                                      \
+  namespace avx512 {                     \
+  extern const Table name;               \
   }
