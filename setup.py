@@ -79,12 +79,9 @@ def write_build_info(package_dir: Path) -> None:
             "capabilities": build_capabilities(),
         }
     info["cuda"] = cuda_status()
+    header = '"""Written by setup.py when the package was built."""\n\nfrom typing import Any\n\n'
     lines = [f"    {key!r}: {value!r},\n" for key, value in info.items()]
-    text = (
-        '"""Written by setup.py when the package was built."""\n\nfrom typing import Any\n\nBUILD_INFO: dict[str, Any] = {\n'
-        + "".join(lines)
-        + "}\n"
-    )
+    text = header + "BUILD_INFO: dict[str, Any] = {\n" + "".join(lines) + "}\n"
     path = package_dir / "_build_info.py"
     package_dir.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -124,10 +121,8 @@ class NinjaFile:
     def escape(path: Path | str) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def add(
-        self, rule: str, output: Path, inputs: list[Path], flags: list[str], after: list[Path] | None = None
-    ) -> Path:
-        implicit = " | " + " ".join(map(self.escape, after)) if after else ""
+    def add(self, rule: str, output: Path, inputs: list[Path], flags: list[str], after: Path | None = None) -> Path:
+        implicit = f" | {self.escape(after)}" if after else ""
         self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}{implicit}")
         self.lines.append("  flags = " + " ".join(shlex.quote(flag) for flag in flags).replace("$", "$$"))
         return output
