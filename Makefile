@@ -41,7 +41,7 @@ demo: build  ## train an Associative Transformer and a ViT on handwritten digits
 	$(PYTHON) experiments/demo.py
 
 test: build  ## the whole test suite
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 lint: $(STATE)  ## formatting, lint and types
 	$(PYTHON) -m ruff check .
