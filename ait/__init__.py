@@ -3,5 +3,17 @@
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
+from ait.nn.control import balance_loss, balance_losses, freeze_memory, reset_memory
+from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 
-__all__ = ["__version__", "ops", "show_config"]
+__all__ = [
+    "GlobalWorkspace",
+    "GlobalWorkspaceLayer",
+    "__version__",
+    "balance_loss",
+    "balance_losses",
+    "freeze_memory",
+    "ops",
+    "reset_memory",
+    "show_config",
+]

@@ -1,0 +1,63 @@
+"""Checks of hyper-parameters and inputs of the layers: what was expected, and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ait.ops._checks import TOKEN_DTYPES, op_error
+
+
+def check_number(owner: str, name: str, value: Any, interval: str) -> float:
+    """``value`` as a float inside ``interval``, which is written as in mathematics: ``"(0, 1]"``, ``"[0, inf)"``."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    expected = f"{name} to be a finite number in {interval}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise op_error(owner, expected, repr(value))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise op_error(owner, expected, repr(value))
+    return float(value)
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise op_error(owner, f"{name} to be one of {', '.join(map(repr, choices))}", repr(value))
+    return value
+
+
+def check_input(owner: str, x: Any, dim: int, weight: Tensor) -> None:
+    """Checks that ``x`` is ``(B, *, dim)``, in a dtype and on a device that go with the layer's ``weight``."""
+    if not isinstance(x, Tensor):
+        raise op_error(owner, f"input to be a tensor of shape (B, *, {dim})", type(x).__name__)
+    if x.dim() < 2 or x.shape[-1] != dim:
+        raise op_error(owner, f"input of shape (B, *, {dim})", tuple(x.shape))
+    if x.device != weight.device:
+        raise op_error(owner, f"input on the layer's device, {weight.device}", x.device)
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast brings float32 and less to one dtype, and leaves float64 alone.
+        double = (torch.float64,)
+        allowed = double if weight.dtype in double else tuple(d for d in TOKEN_DTYPES if d not in double)
+    else:
+        allowed = (weight.dtype,)
+    if x.dtype not in allowed:
+        raise op_error(owner, f"input of dtype {' or '.join(map(str, allowed))}", x.dtype)
+
+
+def check_padding_mask(owner: str, mask: Any, x: Tensor) -> None:
+    """Checks that ``mask`` has one bool for each token of ``x (B, *, E)``."""
+    expected = f"key_padding_mask of shape {tuple(x.shape[:-1])}, one entry a token"
+    if not isinstance(mask, Tensor):
+        raise op_error(owner, expected, type(mask).__name__)
+    if mask.dtype != torch.bool:
+        raise op_error(owner, "key_padding_mask of dtype torch.bool (True = ignore)", mask.dtype)
+    if mask.shape != x.shape[:-1]:
+        raise op_error(owner, expected, tuple(mask.shape))
+    if mask.device != x.device:
+        raise op_error(owner, f"key_padding_mask on the device of the input, {x.device}", mask.device)

@@ -1,0 +1,99 @@
+"""The balance loss: are all tokens heard alike, or always the same few?"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+
+def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, num_heads: int) -> Tensor:
+    """Per head and token, the sum of its gates and the number of its gates above 0.
+
+    The sums are exact, hence the same bits in every order (threads, atomics, compilers): float64 holds any sum of
+    ``M`` gates once each is rounded to a multiple of ``2^-q``, with ``q = 47`` for 32 slots.
+
+    Args:
+        gates: ``(S*M, k)``, heads outermost, each in ``[0, 1]``; 0 where the index is -1.
+        indices: ``(S*M, k)``, the tokens that the gates belong to; None where ``k`` is all tokens, in order.
+        num_tokens: ``T``.
+        num_heads: ``S``.
+
+    Returns:
+        ``(2, S, T)``: importance, differentiable in ``gates``, and load, which is not. float64 (float32 on MPS,
+        which has nothing wider).
+    """
+    num_rows = gates.shape[0]
+    slots_per_head = num_rows // num_heads
+    wide = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
+    if wide.dtype == torch.float64:
+        unit = 2.0 ** (52 - (slots_per_head - 1).bit_length())
+        # The rounding is part of the value and not of the gradient.
+        wide = wide + (torch.round(wide.detach() * unit) / unit - wide.detach())
+    is_open = (wide.detach() > 0).to(wide.dtype)
+    if indices is None:
+        shape = (num_heads, slots_per_head, num_tokens)
+        return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
+    head_start = torch.arange(num_heads, device=gates.device).repeat_interleave(slots_per_head) * num_tokens
+    where = (indices.clamp(min=0) + head_start.unsqueeze(1)).flatten()
+    sums = wide.new_zeros(2, num_heads * num_tokens)
+    importance = sums[0].index_add(0, where, wide.flatten())
+    load = sums[1].index_add(0, where, is_open.flatten())
+    return torch.stack([importance, load]).view(2, num_heads, num_tokens)
+
+
+def squared_variation(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``CV^2(v) = var_unbiased(v) / (mean(v)^2 + 1e-10)`` over the last axis; 0 for fewer than two entries.
+
+    Args:
+        values: ``(..., T)``; 0 where masked.
+        mask: ``(T,)`` bool, True = ignore, or None.
+
+    Returns:
+        ``(...)``.
+    """
+    if mask is None:
+        count = values.shape[-1]
+        mean = values.sum(-1, keepdim=True) / max(count, 1)
+        squares = (values - mean).square().sum(-1)
+        return squares / max(count - 1, 1) / (mean.squeeze(-1).square() + 1e-10)
+    count_seen = (~mask).sum().to(values.dtype)
+    mean = values.sum(-1, keepdim=True) / count_seen.clamp_min(1)
+    squares = (values - mean).masked_fill(mask, 0).square().sum(-1)
+    return squares / (count_seen - 1).clamp_min(1) / (mean.squeeze(-1).square() + 1e-10)
+
+
+class KeptLoss:
+    """The balance loss of one layer's last forward pass, until it has been back-propagated.
+
+    It belongs to a forward pass and not to the model: copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self.collectors: tuple[list[Tensor], ...] = ()
+
+    def keep(self, loss: Tensor) -> None:
+        self.last = loss
+        for losses in self.collectors:
+            losses.append(loss)
+        if not torch.compiler.is_compiling():
+            self.drop_once_spent()
+
+    def drop_once_spent(self) -> None:
+        """Lets go of the loss, and of the graph behind it, as soon as its gradient arrives."""
+        loss = self.last
+        if loss is None or not loss.requires_grad:
+            return
+        keeper_ref, loss_ref = weakref.ref(self), weakref.ref(loss)
+
+        def drop(_: Tensor) -> None:
+            keeper = keeper_ref()
+            if keeper is not None and keeper.last is loss_ref():
+                keeper.last = None
+
+        loss.register_hook(drop)
+
+    def __reduce__(self) -> tuple[type[KeptLoss], tuple[()]]:
+        return KeptLoss, ()

@@ -1,0 +1,129 @@
+"""What a training script says to all workspaces of a model at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ait.nn.workspace import GlobalWorkspace
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """Sum of the balance losses that the last forward pass left in ``model``, to be added to the training loss.
+
+    ``balance_weight`` (``sigma``) is inside. Layers in ``eval()``, frozen or without a writer count 0. Each layer
+    lets go of its loss once that has been back-propagated.
+
+    Args:
+        model: any module with workspaces in it, also inside wrappers (``DistributedDataParallel``,
+            ``torch.compile``).
+
+    Returns:
+        A scalar, on the device of the first workspace.
+
+    Raises:
+        ValueError: ``model`` has no workspace.
+        RuntimeError: no loss is kept: no forward pass since the last backward pass.
+    """
+    kept = [workspace._kept_loss for workspace in _workspaces("balance_loss", model)]
+    losses = [keeper.last for keeper in kept if keeper.last is not None]
+    if not losses:
+        raise RuntimeError(
+            "balance_loss: expected a forward pass of the model before it, and after the last backward pass; "
+            "no workspace holds a balance loss"
+        )
+    if not torch.compiler.is_compiling():
+        for keeper in kept:
+            keeper.drop_once_spent()
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
+    return total
+
+
+@contextlib.contextmanager
+def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the balance loss of every forward pass inside, for models that run twice before the backward pass.
+
+    ::
+
+        with ait.balance_losses(model) as losses:
+            loss = distance(model(view_1), model(view_2))
+        (loss + sum(losses)).backward()
+
+    Args:
+        model: any module with workspaces in it.
+
+    Yields:
+        A list that gains one scalar for each forward pass of each workspace, ``balance_weight`` inside.
+
+    Raises:
+        ValueError: ``model`` has no workspace.
+    """
+    kept = [workspace._kept_loss for workspace in _workspaces("balance_losses", model)]
+    losses: list[Tensor] = []
+    for keeper in kept:
+        keeper.collectors = (*keeper.collectors, losses)
+    try:
+        yield losses
+    finally:
+        for keeper in kept:
+            keeper.collectors = tuple(other for other in keeper.collectors if other is not losses)
+
+
+def freeze_memory(model: nn.Module, frozen: bool = True) -> None:
+    """Stops every workspace of ``model`` from writing, also in training, and its writer from learning.
+
+    Writers get ``requires_grad=False`` (as does a learned memory); ``frozen=False`` undoes it, parameter by
+    parameter. A frozen layer's balance loss is 0.
+
+    Args:
+        model: any module with workspaces in it.
+        frozen: whether to freeze or to unfreeze.
+
+    Raises:
+        ValueError: ``model`` has no workspace, or ``frozen`` is not a bool.
+    """
+    if not isinstance(frozen, bool):
+        raise ValueError(f"freeze_memory: expected frozen to be True or False, got {frozen!r}")
+    for workspace in _workspaces("freeze_memory", model):
+        workspace.freeze(frozen)
+
+
+def reset_memory(model: nn.Module, seed: int | torch.Generator | None = None) -> None:
+    """Draws a new memory for every workspace of ``model``, in the order of its modules.
+
+    Args:
+        model: any module with workspaces in it.
+        seed: an integer or a generator for a reproducible memory, the same on every device for an integer or a CPU
+            generator; None draws from PyTorch's global generator.
+
+    Raises:
+        ValueError: ``model`` has no workspace, or ``seed`` is none of these.
+    """
+    workspaces = _workspaces("reset_memory", model)
+    generator: torch.Generator | None
+    if seed is None or isinstance(seed, torch.Generator):
+        generator = seed
+    elif isinstance(seed, int) and not isinstance(seed, bool):
+        generator = torch.Generator().manual_seed(seed)
+    else:
+        raise ValueError(f"reset_memory: expected seed to be an int, a torch.Generator or None, got {seed!r}")
+    for workspace in workspaces:
+        workspace.memory.reset(generator)
+
+
+def _workspaces(caller: str, model: Any) -> list[GlobalWorkspace]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
+    found = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
+    if not found:
+        raise ValueError(
+            f"{caller}: expected a model with a GlobalWorkspace or GlobalWorkspaceLayer in it, "
+            f"got {type(model).__name__} without one"
+        )
+    return found
