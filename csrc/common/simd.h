@@ -8,8 +8,8 @@
 //
 // Vec<C> for the compute type C (float or double) offers
 //   size, zero(), broadcast(x), load(p), load(p, n), store(p), store(p, n), where p may point to C
-//   or to a narrower storage type (float: BFloat16, Float16; double: float); stores round to nearest
-//   even, n < size touches n elements only, and a partial load fills with zeros;
+//   or to a narrower storage type (float: BFloat16, Float16; double: float); stores round to
+//   nearest even, n < size touches n elements only, and a partial load fills with zeros;
 //   + - * /, fmadd, max, min, reduce_add, reduce_max, not_less_equal_mask, exp.
 #pragma once
 
@@ -137,9 +137,13 @@ AIT_INLINE void store_through_buffer(Vec<C> x, S* p, int64_t n) {
 }
 
 template <typename C>
-AIT_INLINE Vec<C>& operator+=(Vec<C>& a, Vec<C> b) { return a = a + b; }
+AIT_INLINE Vec<C>& operator+=(Vec<C>& a, Vec<C> b) {
+  return a = a + b;
+}
 template <typename C>
-AIT_INLINE Vec<C>& operator*=(Vec<C>& a, Vec<C> b) { return a = a * b; }
+AIT_INLINE Vec<C>& operator*=(Vec<C>& a, Vec<C> b) {
+  return a = a * b;
+}
 
 template <typename C>
 struct ExpConstants;

@@ -75,10 +75,18 @@ struct Vec<double> {
   }
 };
 
-AIT_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm256_div_ps(a.raw, b.raw)}; }
+AIT_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) {
+  return {_mm256_add_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) {
+  return {_mm256_sub_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) {
+  return {_mm256_mul_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) {
+  return {_mm256_div_ps(a.raw, b.raw)};
+}
 AIT_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) {
   return {_mm256_add_pd(a.raw, b.raw)};
 }
@@ -136,8 +144,8 @@ AIT_INLINE double reduce_max(Vec<double> x) {
   return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-// x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about half
-// of n each: the first product is exact, so the result is rounded once.
+// x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about
+// half of n each: the first product is exact, so the result is rounded once.
 AIT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
   const __m256i exponent = _mm256_cvtps_epi32(n.raw);
   const __m256i first = _mm256_srai_epi32(exponent, 1);

@@ -83,10 +83,18 @@ struct Vec<double> {
   }
 };
 
-AIT_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.raw, b.raw)}; }
-AIT_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm512_div_ps(a.raw, b.raw)}; }
+AIT_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) {
+  return {_mm512_add_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) {
+  return {_mm512_sub_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) {
+  return {_mm512_mul_ps(a.raw, b.raw)};
+}
+AIT_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) {
+  return {_mm512_div_ps(a.raw, b.raw)};
+}
 AIT_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) {
   return {_mm512_add_pd(a.raw, b.raw)};
 }

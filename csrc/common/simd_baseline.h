@@ -66,23 +66,37 @@ struct Vec {
 };
 
 template <typename C>
-AIT_INLINE Vec<C> operator+(Vec<C> a, Vec<C> b) { return {a.raw + b.raw}; }
+AIT_INLINE Vec<C> operator+(Vec<C> a, Vec<C> b) {
+  return {a.raw + b.raw};
+}
 template <typename C>
-AIT_INLINE Vec<C> operator-(Vec<C> a, Vec<C> b) { return {a.raw - b.raw}; }
+AIT_INLINE Vec<C> operator-(Vec<C> a, Vec<C> b) {
+  return {a.raw - b.raw};
+}
 template <typename C>
-AIT_INLINE Vec<C> operator*(Vec<C> a, Vec<C> b) { return {a.raw * b.raw}; }
+AIT_INLINE Vec<C> operator*(Vec<C> a, Vec<C> b) {
+  return {a.raw * b.raw};
+}
 template <typename C>
-AIT_INLINE Vec<C> operator/(Vec<C> a, Vec<C> b) { return {a.raw / b.raw}; }
+AIT_INLINE Vec<C> operator/(Vec<C> a, Vec<C> b) {
+  return {a.raw / b.raw};
+}
 
 // a * b + c, rounded twice: there may be no fused instruction, and libm's fma would be slow.
 template <typename C>
-AIT_INLINE Vec<C> fmadd(Vec<C> a, Vec<C> b, Vec<C> c) { return {a.raw * b.raw + c.raw}; }
+AIT_INLINE Vec<C> fmadd(Vec<C> a, Vec<C> b, Vec<C> c) {
+  return {a.raw * b.raw + c.raw};
+}
 
 // The larger (smaller) of both; b where either is NaN.
 template <typename C>
-AIT_INLINE Vec<C> max(Vec<C> a, Vec<C> b) { return {a.raw > b.raw ? a.raw : b.raw}; }
+AIT_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
+  return {a.raw > b.raw ? a.raw : b.raw};
+}
 template <typename C>
-AIT_INLINE Vec<C> min(Vec<C> a, Vec<C> b) { return {a.raw < b.raw ? a.raw : b.raw}; }
+AIT_INLINE Vec<C> min(Vec<C> a, Vec<C> b) {
+  return {a.raw < b.raw ? a.raw : b.raw};
+}
 
 // Bit i is set unless a[i] <= b[i]: where a[i] is greater, or either is NaN.
 AIT_INLINE uint32_t not_less_equal_mask(Vec<float> a, Vec<float> b) {
@@ -103,9 +117,7 @@ AIT_INLINE uint32_t not_less_equal_mask(Vec<double> a, Vec<double> b) {
 }
 
 // Sum of all lanes, the upper half onto the lower, until one is left.
-AIT_INLINE float reduce_add(Vec<float> x) {
-  return (x.raw[0] + x.raw[2]) + (x.raw[1] + x.raw[3]);
-}
+AIT_INLINE float reduce_add(Vec<float> x) { return (x.raw[0] + x.raw[2]) + (x.raw[1] + x.raw[3]); }
 AIT_INLINE double reduce_add(Vec<double> x) { return x.raw[0] + x.raw[1]; }
 
 // Largest of all lanes; unspecified if one is NaN.
@@ -116,8 +128,8 @@ AIT_INLINE C reduce_max(Vec<C> x) {
   return result;
 }
 
-// x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about half
-// of n each: the first product is exact, so the result is rounded once.
+// x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about
+// half of n each: the first product is exact, so the result is rounded once.
 template <typename C>
 AIT_INLINE Vec<C> scale_by_power_of_two(Vec<C> x, Vec<C> n) {
   using Types = VecTypes<C>;
