@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -72,12 +74,13 @@ class KeptLoss:
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
-        self.collectors: tuple[list[Tensor], ...] = ()
+        self.collected: tuple[Tensor, ...] | None = None  # None: nobody collects
 
     def keep(self, loss: Tensor) -> None:
         self.last = loss
-        for losses in self.collectors:
-            losses.append(loss)
+        if self.collected is not None:
+            # A new tuple, since compilers follow an assignment where they lose a list that grows.
+            self.collected = (*self.collected, loss)
         if not torch.compiler.is_compiling():
             self.drop_once_spent()
 
@@ -97,3 +100,38 @@ class KeptLoss:
 
     def __reduce__(self) -> tuple[type[KeptLoss], tuple[()]]:
         return KeptLoss, ()
+
+
+class CollectedLosses(Sequence[Tensor]):
+    """The balance losses that layers have kept since this collection began, layer by layer."""
+
+    def __init__(self, keepers: Sequence[KeptLoss]) -> None:
+        self._begun = [(keeper, 0 if keeper.collected is None else len(keeper.collected)) for keeper in keepers]
+        self._first = [keeper for keeper in keepers if keeper.collected is None]
+        self._closed: list[Tensor] | None = None
+        for keeper in self._first:
+            keeper.collected = ()
+
+    def close(self) -> None:
+        """Ends the collection; what it holds stays."""
+        self._closed = self._all()
+        for keeper in self._first:
+            keeper.collected = None
+        self._begun = []
+
+    def _all(self) -> list[Tensor]:
+        if self._closed is not None:
+            return self._closed
+        return [loss for keeper, start in self._begun for loss in (keeper.collected or ())[start:]]
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        return self._all()[index]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ait.nn.balance import CollectedLosses
 from ait.nn.workspace import GlobalWorkspace
 
 
@@ -46,7 +47,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+def balance_losses(model: nn.Module) -> Iterator[Sequence[Tensor]]:
     """Collects the balance loss of every forward pass inside, for models that run twice before the backward pass.
 
     ::
@@ -59,20 +60,17 @@ def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
         model: any module with workspaces in it.
 
     Yields:
-        A list that gains one scalar for each forward pass of each workspace, ``balance_weight`` inside.
+        A sequence that gains one scalar for each forward pass of each workspace, ``balance_weight`` inside; layer by
+        layer, and within a layer in the order of the passes. It may be summed inside or after the block.
 
     Raises:
         ValueError: ``model`` has no workspace.
     """
-    kept = [workspace._kept_loss for workspace in _workspaces("balance_losses", model)]
-    losses: list[Tensor] = []
-    for keeper in kept:
-        keeper.collectors = (*keeper.collectors, losses)
+    losses = CollectedLosses([workspace._kept_loss for workspace in _workspaces("balance_losses", model)])
     try:
         yield losses
     finally:
-        for keeper in kept:
-            keeper.collectors = tuple(other for other in keeper.collectors if other is not losses)
+        losses.close()
 
 
 def freeze_memory(model: nn.Module, frozen: bool = True) -> None:

@@ -48,7 +48,7 @@ def hopfield_retrieve(
     check_positive_int(name, "steps", steps)
     if steps > MAX_STEPS:
         raise op_error(name, f"steps of at most {MAX_STEPS}", steps)
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < math.inf:
         raise op_error(name, "a finite tol >= 0", tol)
     return torch.ops.ait.hopfield_retrieve(state, patterns, beta, steps, tol)
 
@@ -85,7 +85,7 @@ def _check_patterns(name: str, state: Tensor, patterns: Tensor, beta: float) -> 
         expected = f"patterns of shape (M, {state.shape[-1] if state.dim() else 'E'}), M >= 1 and E as in state"
         raise op_error(name, expected, tuple(patterns.shape))
     check_tokens(name, patterns=patterns, state=state)
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise op_error(name, "a finite beta > 0", beta)
 
 
