@@ -3,16 +3,22 @@
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
+from ait.models import AssociativeTransformer, VisionTransformer, count_parameters, create_model, list_models
 from ait.nn.control import balance_loss, balance_losses, freeze_memory, reset_memory
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 
 __all__ = [
+    "AssociativeTransformer",
     "GlobalWorkspace",
     "GlobalWorkspaceLayer",
+    "VisionTransformer",
     "__version__",
     "balance_loss",
     "balance_losses",
+    "count_parameters",
+    "create_model",
     "freeze_memory",
+    "list_models",
     "ops",
     "reset_memory",
     "show_config",
