@@ -1,0 +1,34 @@
+#include <common/path_counters.h>
+
+#include <atomic>
+#include <cstddef>
+
+namespace ait {
+namespace {
+
+constexpr const char* kNames[] = {
+    "select_calls", "select_tasks", "select_split_rows", "select_list_cuts", "select_masked_calls",
+};
+static_assert(std::size(kNames) == size_t(Path::count));
+
+std::atomic<int64_t> counters[size_t(Path::count)];
+
+}  // namespace
+
+void count_path(Path path, int64_t times) {
+  counters[size_t(path)].fetch_add(times, std::memory_order_relaxed);
+}
+
+std::map<std::string, int64_t> path_counters() {
+  std::map<std::string, int64_t> result;
+  for (size_t i = 0; i < size_t(Path::count); ++i) {
+    result[kNames[i]] = counters[i].load(std::memory_order_relaxed);
+  }
+  return result;
+}
+
+void reset_path_counters() {
+  for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
+}
+
+}  // namespace ait

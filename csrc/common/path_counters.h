@@ -1,0 +1,26 @@
+// Counts which paths the kernels took, so that tests can tell that they exercised them all.
+#pragma once
+
+#include <common/export.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace ait {
+
+enum class Path {
+  select_calls,
+  select_tasks,         // blocks of rows, times ranges of tokens
+  select_split_rows,    // rows whose tokens were split into several ranges
+  select_list_cuts,     // full lists of candidates, cut down to the k largest
+  select_masked_calls,  // calls with a mask
+  count,
+};
+
+void count_path(Path path, int64_t times = 1);
+
+AIT_API std::map<std::string, int64_t> path_counters();
+AIT_API void reset_path_counters();
+
+}  // namespace ait
