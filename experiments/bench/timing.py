@@ -1,0 +1,66 @@
+"""Times functions by turns in one process, so that a noisy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of one quantity over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+class Rounds:
+    """The seconds that each of several functions took, round by round."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.seconds = seconds
+
+    def time(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> Spread:
+        """Time of ``name`` divided by the time of ``to`` in the same round."""
+        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        return Spread.of([own / other for own, other in pairs])
+
+    def fastest(self, *names: str) -> str:
+        """The one of ``names`` with the least median time."""
+        return min(names, key=lambda name: self.time(name).median)
+
+
+def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Rounds:
+    """Runs all functions once a round, ``A B A B ...``; a round's order alternates.
+
+    Args:
+        functions: what to time, by name.
+        rounds: how many times each is timed.
+        warm_up: rounds before, which are not timed (compilers, caches, allocators).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_index in range(warm_up + rounds):
+        order = list(functions) if round_index % 2 == 0 else list(reversed(functions))
+        for name in order:
+            start = time.perf_counter()
+            functions[name]()
+            elapsed = time.perf_counter() - start
+            if round_index >= warm_up:
+                seconds[name].append(elapsed)
+    return Rounds(seconds)

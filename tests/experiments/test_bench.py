@@ -1,0 +1,61 @@
+"""The benchmarks: their baselines compute what the operators compute, and their ratios are ratios."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from baselines import batched_write, gram_retrieve, ours_write, plain_retrieve, published_write
+from timing import Rounds, Spread, by_turns
+
+from ait.nn.writer import BottleneckWriter
+from ait.ops import hopfield_retrieve
+
+
+@pytest.mark.parametrize("baseline", [batched_write, published_write])
+@pytest.mark.parametrize(("num_slots", "k"), [(4, 9), (64, 9)], ids=["absorbed", "projected keys"])
+def test_write_baselines_equal_ours_with_every_gradient(baseline, num_slots, k):
+    torch.manual_seed(0)
+    options = dict(num_slots=num_slots, slot_dim=8, num_heads=3, dropout=0.0, selection_dtype=None)
+    writer = BottleneckWriter(20, dtype=torch.float64, **options)
+    memory = torch.randn(num_slots, 8, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(50, 20, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(num_slots, 8, dtype=torch.float64)
+    results = []
+    for write in (ours_write, baseline):
+        candidate, loss = write(writer, memory, tokens, k)
+        inputs = [memory, tokens, *writer.parameters()]
+        gradients = torch.autograd.grad((candidate * direction).sum() + loss, inputs)
+        results.append([candidate, loss, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("baseline", [plain_retrieve, gram_retrieve])
+def test_retrieval_baselines_equal_ours_with_every_gradient(baseline, steps):
+    torch.manual_seed(0)
+    state = torch.randn(30, 12, dtype=torch.float64, requires_grad=True)
+    patterns = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    ours = hopfield_retrieve(state, patterns, 0.7, steps)[0]
+    theirs = baseline(state, patterns, 0.7, steps)
+    torch.testing.assert_close(ours, theirs)
+    direction = torch.randn_like(ours)
+    for own, other in zip(
+        torch.autograd.grad((ours * direction).sum(), [state, patterns]),
+        torch.autograd.grad((theirs * direction).sum(), [state, patterns]),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
+
+
+def test_by_turns_alternates_and_does_not_count_the_warm_up():
+    calls: list[str] = []
+    rounds = by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warm_up=1)
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert len(rounds.seconds["a"]) == len(rounds.seconds["b"]) == 2
+
+
+def test_ratio_is_taken_within_each_round():
+    rounds = Rounds({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 3.0]})
+    assert rounds.ratio("a", "b") == Spread(median=1.0, low=0.75, high=1.5)
+    assert rounds.fastest("a", "b") == "a"
