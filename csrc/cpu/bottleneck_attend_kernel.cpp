@@ -20,7 +20,7 @@ AIT_INLINE C exp_scalar(C x) {
   return lanes[0];
 }
 
-// Calls visit(V load(p), p) ... for all of [0, width): whole vectors, then the rest.
+// Covers the columns [begin, end): whole(e) for each whole vector, then rest(e, columns left).
 template <typename C, typename Whole, typename Rest>
 AIT_INLINE void for_each_vector(int64_t begin, int64_t end, Whole whole, Rest rest) {
   int64_t e = begin;
@@ -108,9 +108,9 @@ AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Proc
   for (int64_t part = begin; part < end; ++part) {
     lists.cursors[part] = part % lists.parts * lists.part_length;
   }
-  int64_t window_end = 0;
-  while (window_end != INT64_MAX) {
-    int64_t next_token = INT64_MAX;
+  int64_t window_end = 0, next_token;
+  do {
+    next_token = INT64_MAX;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t row = part / lists.parts, last = stop(part);
       const int64_t* indices = lists.indices + row * lists.num_entries;
@@ -122,7 +122,7 @@ AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Proc
       lists.cursors[part] = j;
     }
     window_end = next_token < INT64_MAX - lists.window ? next_token + lists.window : INT64_MAX;
-  }
+  } while (next_token != INT64_MAX);
 }
 
 // Splits [begin, end) so that the sums of one group stay in the second-level cache.
