@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ait.ops._checks import TOKEN_DTYPES, op_error
+from ait.ops._checks import op_error
 
 
 def check_number(owner: str, name: str, value: Any, interval: str) -> float:
@@ -19,11 +19,12 @@ def check_number(owner: str, name: str, value: Any, interval: str) -> float:
     expected = f"{name} to be a finite number in {interval}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise op_error(owner, expected, repr(value))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
+    number = float(value)
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
         raise op_error(owner, expected, repr(value))
-    return float(value)
+    return number
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> str:
@@ -32,22 +33,16 @@ def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> s
     return value
 
 
-def check_input(owner: str, x: Any, dim: int, weight: Tensor) -> None:
-    """Checks that ``x`` is ``(B, *, dim)``, in a dtype and on a device that go with the layer's ``weight``."""
+def check_input(owner: str, x: Any, dim: int, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """Checks that ``x`` is ``(B, *, dim)``, on ``device`` and of one of ``dtypes``."""
     if not isinstance(x, Tensor):
         raise op_error(owner, f"input to be a tensor of shape (B, *, {dim})", type(x).__name__)
     if x.dim() < 2 or x.shape[-1] != dim:
         raise op_error(owner, f"input of shape (B, *, {dim})", tuple(x.shape))
-    if x.device != weight.device:
-        raise op_error(owner, f"input on the layer's device, {weight.device}", x.device)
-    if torch.is_autocast_enabled(x.device.type):
-        # Autocast brings float32 and less to one dtype, and leaves float64 alone.
-        double = (torch.float64,)
-        allowed = double if weight.dtype in double else tuple(d for d in TOKEN_DTYPES if d not in double)
-    else:
-        allowed = (weight.dtype,)
-    if x.dtype not in allowed:
-        raise op_error(owner, f"input of dtype {' or '.join(map(str, allowed))}", x.dtype)
+    if x.device != device:
+        raise op_error(owner, f"input on the layer's device, {device}", x.device)
+    if x.dtype not in dtypes:
+        raise op_error(owner, f"input of dtype {' or '.join(map(str, dtypes))}", x.dtype)
 
 
 def check_padding_mask(owner: str, mask: Any, x: Tensor) -> None:

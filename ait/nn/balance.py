@@ -33,16 +33,11 @@ def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, 
         unit = 2.0 ** (52 - (slots_per_head - 1).bit_length())
         # The rounding is part of the value and not of the gradient.
         wide = wide + (torch.round(wide.detach() * unit) / unit - wide.detach())
-    is_open = (wide.detach() > 0).to(wide.dtype)
+    both = torch.stack([wide, (wide.detach() > 0).to(wide.dtype)])
     if indices is None:
-        shape = (num_heads, slots_per_head, num_tokens)
-        return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
-    head_start = torch.arange(num_heads, device=gates.device).repeat_interleave(slots_per_head) * num_tokens
-    where = (indices.clamp(min=0) + head_start.unsqueeze(1)).flatten()
-    sums = wide.new_zeros(2, num_heads * num_tokens)
-    importance = sums[0].index_add(0, where, wide.flatten())
-    load = sums[1].index_add(0, where, is_open.flatten())
-    return torch.stack([importance, load]).view(2, num_heads, num_tokens)
+        return both.view(2, num_heads, slots_per_head, num_tokens).sum(2)
+    where = indices.clamp(min=0).view(1, num_heads, -1).expand(2, -1, -1)
+    return both.new_zeros(2, num_heads, num_tokens).scatter_add(2, where, both.view(2, num_heads, -1))
 
 
 def squared_variation(values: Tensor, mask: Tensor | None) -> Tensor:

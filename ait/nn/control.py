@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,8 +108,8 @@ def reset_memory(model: nn.Module, seed: int | torch.Generator | None = None) ->
     generator: torch.Generator | None
     if seed is None or isinstance(seed, torch.Generator):
         generator = seed
-    elif isinstance(seed, int) and not isinstance(seed, bool):
-        generator = torch.Generator().manual_seed(seed)
+    elif isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
+        generator = torch.Generator().manual_seed(int(seed))
     else:
         raise ValueError(f"reset_memory: expected seed to be an int, a torch.Generator or None, got {seed!r}")
     for workspace in workspaces:

@@ -27,6 +27,8 @@ from ait.ops.hopfield_retrieve import MAX_STEPS
 DEFAULT_TOP_K_RATIO = 1 / 64
 SEMANTICS = ("differentiable", "released")
 READERS = ("hopfield", "attention")
+NOT_DOUBLE = (torch.float32, torch.bfloat16, torch.float16)
+DOUBLE = (torch.float64,)
 SELECTION_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,9 +62,9 @@ class GlobalWorkspace(nn.Module):
             ``eval()``, too; writer parameters that can get no gradient have ``requires_grad=False``).
         reader: ``"hopfield"``, or ``"attention"``: multi-head attention from tokens to slots, an ablation.
         alpha: weight of the new batch in the moving average.
-        beta: inverse temperature of the retrieval.
-        steps: the most retrieval steps.
-        tol: a token stops after the first step that moves it by less in L2 norm; 0 never stops.
+        beta: inverse temperature of the Hopfield retrieval.
+        steps: the most Hopfield retrieval steps, up to 10,000.
+        tol: in Hopfield retrieval, a token stops after the first step that moves it by less in L2 norm; 0 never stops.
         balance_weight: weight ``sigma`` of the balance loss.
         write_dropout: probability with which an entry of the heads' answer is dropped in training.
         selection_dtype: dtype of the selection's operands, float32 by default; see
@@ -187,14 +189,16 @@ class GlobalWorkspace(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument is not as above.
         """
-        check_input("GlobalWorkspace", f, self.dim, self.memory.gamma)
+        gamma = self.memory.gamma
+        check_input("GlobalWorkspace", f, self.dim, gamma.device, DOUBLE if gamma.dtype in DOUBLE else NOT_DOUBLE)
         if key_padding_mask is not None:
             check_padding_mask("GlobalWorkspace", key_padding_mask, f)
-        with _without_autocast(f.device.type):
+        without_autocast = torch.autocast(f.device.type, enabled=False) if _autocasts(f) else contextlib.nullcontext()
+        with without_autocast:
             tokens = f.reshape(-1, self.dim)
             mask = None if key_padding_mask is None else key_padding_mask.reshape(-1)
             retrieved, loss = self._write_and_read(tokens, mask)
-        retrieved = retrieved.view(f.shape)
+        retrieved = retrieved.reshape(f.shape)
         return (retrieved, loss) if return_aux else retrieved
 
     def capacity(self, num_tokens: int) -> int:
@@ -226,9 +230,10 @@ class GlobalWorkspace(nn.Module):
         """Retrieved tokens ``(T, E)`` and the balance loss."""
         recorded = self.writer is not None and not torch.compiler.is_compiling()
         replayed = self._records.find(tokens, mask) if recorded else None
+        own_balance_grad = BalanceGradient()
         balance_grad: Callable[[], Tensor | None]
         if replayed is None:
-            stored, balance_grad = self.memory.snapshot(), BalanceGradient()
+            stored, balance_grad = self.memory.snapshot(), own_balance_grad
             training, writes = self.training, self._writes(tokens.shape[0])
         else:
             stored, balance_grad = replayed.stored, replayed.balance_grad
@@ -252,8 +257,9 @@ class GlobalWorkspace(nn.Module):
         if recorded and writes and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
             # Perhaps the first pass of reentrant checkpointing, whose recompute will ask for this gradient.
             kept = loss.detach().clone().requires_grad_()
-            kept.register_hook(balance_grad.receive)
-        self._kept_loss.keep(kept)
+            kept.register_hook(own_balance_grad.receive)
+        if not torch.compiler.is_exporting():
+            self._kept_loss.keep(kept)
         return retrieved, loss
 
     def _writes(self, num_tokens: int) -> bool:
@@ -391,7 +397,10 @@ class GlobalWorkspaceLayer(nn.Module):
             ValueError: shape, dtype or device of an argument is not as above.
         """
         name = "GlobalWorkspaceLayer"
-        check_input(name, x, self.dim, self.fc1.weight)
+        weight = self.fc1.weight
+        # Autocast brings float32 and less to one dtype, and leaves float64 alone.
+        mixed = _autocasts(x) and weight.dtype not in DOUBLE
+        check_input(name, x, self.dim, weight.device, NOT_DOUBLE if mixed else (weight.dtype,))
         if key_padding_mask is not None:
             check_padding_mask(name, key_padding_mask, x)
         f = self.norm(self.fc2(F.gelu(self.fc1(x))))
@@ -400,7 +409,9 @@ class GlobalWorkspaceLayer(nn.Module):
         return (y, loss) if return_aux else y
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _autocasts(x: Any) -> bool:
+    """Whether autocast is on for the device of ``x``; there are devices (meta) that have none."""
+    if not isinstance(x, Tensor):
+        return False
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
