@@ -1,0 +1,141 @@
+"""Labelled images, held in memory as bytes so that a whole batch is taken at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images and their labels: a map-style data set whose items are ``(image (C, H, W) uint8, label)``.
+
+    Args:
+        images: ``(n, C, H, W)`` uint8.
+        labels: ``(n,)`` of an integer dtype, each in ``[0, len(classes))``; kept as int64.
+        classes: name of each class.
+        name: what errors call this data set.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], name: str = "ImageDataset") -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(
+                f"{name}: expected images (n, C, H, W) of dtype torch.uint8, got {tuple(images.shape)}, {images.dtype}"
+            )
+        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+            raise ValueError(f"{name}: expected labels of an integer dtype, got {labels.dtype}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{name}: expected {len(images)} labels, one an image, got shape {tuple(labels.shape)}")
+        labels = labels.to(torch.int64)
+        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= len(classes)):
+            raise ValueError(
+                f"{name}: expected labels in [0, {len(classes)}), got [{int(labels.min())}, {int(labels.max())}]"
+            )
+        self.images = images
+        self.labels = labels
+        self.classes = tuple(classes)
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    def __repr__(self) -> str:
+        channels, height, width = self.image_shape
+        return f"{self.name}: {len(self)} images of {channels} x {height} x {width}, {len(self.classes)} classes"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def subset(self, indices: Tensor, name: str | None = None) -> ImageDataset:
+        """The images at ``indices (m,)`` int64, copied."""
+        return ImageDataset(self.images[indices], self.labels[indices], self.classes, name or self.name)
+
+    def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+        """Splits off a share of every class, the same at every call: ``(the rest, the share)``, each in its old order.
+
+        Args:
+            fraction: size of the share, in (0, 1); ``round(fraction * n)`` images.
+            seed: of the choice within each class.
+
+        Raises:
+            ValueError: ``fraction`` is outside (0, 1).
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"{self.name}: expected a fraction in (0, 1), got {fraction!r}")
+        chosen = stratified_choice(self.labels, round(fraction * len(self)), seed)
+        is_chosen = torch.zeros(len(self), dtype=torch.bool)
+        is_chosen[chosen] = True
+        return self.subset((~is_chosen).nonzero().squeeze(1)), self.subset(chosen)
+
+    def batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Goes once through the images: ``(images (B, C, H, W) uint8, labels (B,) int64)``.
+
+        Args:
+            batch_size: ``B``; the last batch may be smaller.
+            generator: draws the order; without one, images come in their stored order.
+            drop_last: leave out a last batch that is smaller.
+
+        Raises:
+            ValueError: ``batch_size < 1``.
+        """
+        if batch_size < 1:
+            raise ValueError(f"{self.name}: expected a batch size of at least 1, got {batch_size!r}")
+        return self._batches(batch_size, generator, drop_last)
+
+    def _batches(
+        self, batch_size: int, generator: torch.Generator | None, drop_last: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        stop = len(self) - len(self) % batch_size if drop_last else len(self)
+        for start in range(0, stop, batch_size):
+            chosen = order[start : start + batch_size]
+            yield self.images[chosen], self.labels[chosen]
+
+
+def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Chooses ``count`` items so that every class has its share, to the nearest whole item.
+
+    A class of ``n_c`` items out of ``n`` gets ``floor(count n_c / n)``; the classes with the largest remainders (of
+    equal ones, the first) get one item more until ``count`` are chosen.
+
+    Args:
+        labels: ``(n,)`` integers.
+        count: items to choose, at most ``n``.
+        seed: of the choice within the classes.
+
+    Returns:
+        ``(count,)`` int64 indices, ascending.
+
+    Raises:
+        ValueError: ``count`` is not in ``[0, n]``.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"stratified_choice: expected a count in [0, {len(labels)}], got {count!r}")
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    classes, sizes = np.unique(labels.numpy(), return_counts=True)
+    shares, remainders = np.divmod(count * sizes.astype(np.int64), len(labels))
+    missing = count - int(shares.sum())
+    shares[np.argsort(-remainders, kind="stable")[:missing]] += 1
+    # numpy promises that RandomState's streams never change; neither its newer generators nor torch's promise that,
+    # and two runs shall be judged on the same images.
+    random = np.random.RandomState(seed)
+    chosen = [
+        random.permutation(np.flatnonzero(labels.numpy() == label))[:share]
+        for label, share in zip(classes, shares, strict=True)
+    ]
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
