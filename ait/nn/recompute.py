@@ -132,15 +132,19 @@ def _fingerprint(tokens: Tensor) -> Tensor:
 
 
 def _distance_from(current: int) -> Callable[[ForwardRecord], tuple[bool, int]]:
-    """Sort key: how far a record lies from the node of the graph that autograd is at.
+    """Sort key: how far a record lies from the node of the graph that autograd is at, impossible ones last.
 
-    Without reentrance that node was recorded in the same checkpointed region, after the layer began; the node of
-    reentrant checkpointing was made before its region ran.
+    Checkpointing without reentrance recomputes when a tensor saved in the region is unpacked, so that node was
+    recorded after the layer began, in the grad mode of now; and it packs what the recompute saves, with hooks. The
+    node of reentrant checkpointing was made before its region ran, without autograd.
     """
+    by_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    grad_enabled = torch.is_grad_enabled() if by_hooks else False
 
     def key(record: ForwardRecord) -> tuple[bool, int]:
-        ahead = record.sequence_number > current
-        return ahead == record.grad_enabled, abs(record.sequence_number - current)
+        began_before = record.sequence_number <= current
+        possible = began_before == by_hooks and record.grad_enabled == grad_enabled
+        return not possible, abs(record.sequence_number - current)
 
     return key
 
