@@ -33,11 +33,14 @@ def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, 
         unit = 2.0 ** (52 - (slots_per_head - 1).bit_length())
         # The rounding is part of the value and not of the gradient.
         wide = wide + (torch.round(wide.detach() * unit) / unit - wide.detach())
-    both = torch.stack([wide, (wide.detach() > 0).to(wide.dtype)])
+    is_open = (wide.detach() > 0).to(wide.dtype)
     if indices is None:
-        return both.view(2, num_heads, slots_per_head, num_tokens).sum(2)
-    where = indices.clamp(min=0).view(1, num_heads, -1).expand(2, -1, -1)
-    return both.new_zeros(2, num_heads, num_tokens).scatter_add(2, where, both.view(2, num_heads, -1))
+        shape = (num_heads, slots_per_head, num_tokens)
+        return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
+    where, nothing = indices.clamp(min=0).view(num_heads, -1), wide.new_zeros(num_heads, num_tokens)
+    importance = nothing.scatter_add(1, where, wide.view(num_heads, -1))
+    load = nothing.scatter_add(1, where, is_open.view(num_heads, -1))
+    return torch.stack([importance, load])
 
 
 def squared_variation(values: Tensor, mask: Tensor | None) -> Tensor:
