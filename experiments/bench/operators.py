@@ -283,7 +283,7 @@ def section_blocks(config: Config) -> Iterator[Row]:
     for dim, images, target in ((768, 32, "<= 1.05"), (192, 128, "<= 1.2")):
         torch.manual_seed(0)
         # One block at patch 4 on 32 x 32 images: 64 tokens an image. Patch embedding and head are the same in both.
-        blocks = {name: ait.create_model(f"{name}_tiny", dim=dim, depth=1, head_dim=64) for name in ("ait", "vit")}
+        blocks = {name: ait.create_model(f"{name}_base", embed_dim=dim, depth=1) for name in ("ait", "vit")}
         inputs = torch.randn(images, 3, 32, 32)
         rounds = by_turns({name: training_step(block, inputs) for name, block in blocks.items()}, config.rounds)
         shape = f"E={dim} T={images * 64}"
