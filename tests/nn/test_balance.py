@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,22 @@ def test_balance_loss_sums_over_layers_through_wrappers() -> None:
     assert torch.equal(ait.balance_loss(model), ait.balance_loss(Wrapper(model)))
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(ait.balance_loss(compiled), first + second)
+
+
+def test_balance_loss_through_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, twin = TwoLayers(), TwoLayers()
+        x = torch.randn(4, 7, 16)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for m in (parallel, twin):
+            (m(x).square().sum() + ait.balance_loss(m)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad, name)
+    for (name, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
 
 
 def test_returned_and_kept_loss_are_one() -> None:
