@@ -78,7 +78,7 @@ def bottleneck_attend_backward(
     grad_gates = torch.zeros_like(gates) if grad_gates is None else grad_gates.to(dtype)
     grad_lse = gates.new_zeros(gates.shape[0]) if grad_lse is None else grad_lse.to(dtype)
     x_RkE, real_Rk = _gather(tokens.to(dtype), indices)
-    u_Rk = torch.einsum("re,rke->rk", grad_pooled, x_RkE) + grad_gates
+    u_Rk = torch.einsum("re,rke->rk", grad_pooled, x_RkE) + grad_gates.masked_fill(~real_Rk, 0)
     mean_u_R1 = (gates * u_Rk).sum(-1, keepdim=True)
     # A row that took part nowhere has gates 0 throughout, so its gradients vanish (0 * inf must not make NaN).
     takes_part = real_Rk & (gates.sum(-1, keepdim=True) != 0)

@@ -16,12 +16,14 @@ namespace ait {
 // Work below this many multiply-adds is not worth waking another thread.
 inline constexpr int64_t kMinWorkPerThread = 1 << 18;
 
-// How many threads are worth using for `tasks` tasks of `work_per_task` multiply-adds each.
+// How many threads, at least one, are worth using for `tasks` tasks of `work_per_task`
+// multiply-adds each.
 inline int64_t num_slots(int64_t tasks, double work_per_task) {
   const double useful = double(tasks) * work_per_task / double(kMinWorkPerThread);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = tasks < threads ? tasks : threads;
-  return useful >= double(most) ? most : (useful > 1 ? int64_t(useful) : int64_t{1});
+  if (useful < double(most)) return useful > 1 ? int64_t(useful) : 1;
+  return most > 1 ? most : 1;
 }
 
 // Runs task(slot, index) once for each index in [0, tasks). Tasks of one slot never overlap in

@@ -18,6 +18,7 @@ from ait.ops._library import is_pure_python
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 THREADS = (1, 2, 3, 4)
+CAPABILITIES = ("baseline", "avx2", "avx512")
 needs_kernels = pytest.mark.skipif(is_pure_python(), reason="needs the compiled kernels")
 
 
@@ -64,6 +65,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor, name: str = "") -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
     as_bytes = [x.detach().contiguous().view(torch.uint8) if x.numel() else x for x in (actual, expected)]
     assert torch.equal(*as_bytes), f"{name}: {int((as_bytes[0] != as_bytes[1]).sum())} bytes differ"
+
+
+def lesser_capabilities() -> list[str]:
+    """The instruction sets that this process could have been limited to; none where it already is."""
+    if is_pure_python() or "AIT_TEST_CAPABILITY" in os.environ:
+        return []
+    from ait import _C
+
+    best = CAPABILITIES.index(_C.cpu_capability())
+    return list(CAPABILITIES[:best])
 
 
 def run_tests_at_capability(test_file: str, capability: str, expression: str) -> None:
