@@ -11,9 +11,11 @@ namespace ait {
 
 enum class Path {
   select_calls,
-  select_tasks,         // blocks of rows, times ranges of tokens
-  select_split_rows,    // rows whose tokens were split into several ranges
-  select_list_cuts,     // full lists of candidates, cut down to the k largest
+  select_tasks,       // blocks of rows, times ranges of tokens
+  select_split_rows,  // rows whose tokens were split into several ranges
+  select_list_cuts,   // lists of candidates that were cut down to the k largest
+  select_tiles_in_place,
+  select_tiles_copied,  // converted, rounded, or gathered around masked tokens
   select_masked_calls,  // calls with a mask
   count,
 };

@@ -18,7 +18,7 @@ namespace {
 constexpr const char* kName = "bottleneck_select";
 
 // A tile of tokens that stays in the second-level cache while the panels of a block pass by.
-constexpr int64_t kTileBytes = 1 << 18;
+constexpr int64_t kTileBytes = 1 << 17;
 constexpr int64_t kMaxTileTokens = 1024;
 constexpr int64_t kMaxBlockRows = 256;
 
@@ -114,12 +114,15 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
                    indices + row * problem.k);
   };
 
-  std::atomic<int64_t> cuts{0};
   for_each_task(tasks, slots, [&](int64_t slot, int64_t index) {
     const int64_t block = index % blocks;
     const SelectTask task = task_of(block, index / blocks);
     const SelectCandidates<C> candidates = candidates_of(ranges == 1 ? slot : block);
-    cuts += kernel.scan(problem, task, candidates, scratch.get() + slot * scratch_bytes);
+    const SelectStatistics statistics =
+        kernel.scan(problem, task, candidates, scratch.get() + slot * scratch_bytes);
+    count_path(Path::select_list_cuts, statistics.list_cuts);
+    count_path(Path::select_tiles_in_place, statistics.tiles_in_place);
+    count_path(Path::select_tiles_copied, statistics.tiles_copied);
     if (ranges == 1) collect(task, candidates);
   });
   if (ranges > 1) {
@@ -130,7 +133,6 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
   }
   count_path(Path::select_calls);
   count_path(Path::select_tasks, tasks);
-  count_path(Path::select_list_cuts, cuts);
   count_path(Path::select_masked_calls, problem.mask != nullptr);
 }
 

@@ -138,20 +138,20 @@ SelectKey<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_
     }
   }
   // All that are >= low stay, except the last of those equal to it, if they are too many.
-  const int64_t surplus = at_least_low - k;
-  int64_t ties = surplus > 0 ? count_equal(keys, n, low) - surplus : n;
-  Key smallest = kLargestKey<C>;
+  for (int64_t i = n - 1, surplus = at_least_low - k; surplus > 0; --i) {
+    if (keys[i] != low) continue;
+    keys[i] = kBelowAllKeys<C>;
+    --surplus;
+  }
   int64_t kept = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Key key = keys[i];
-    const bool tie = key == low;
-    const bool keep = (key > low) | (tie & (ties > 0));
-    ties -= tie;
     keys[kept] = key;
     tokens[kept] = tokens[i];
-    kept += keep;
-    smallest = keep & (key < smallest) ? key : smallest;
+    kept += key >= low;
   }
+  Key smallest = keys[0];
+  for (int64_t i = 1; i < k; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
   return smallest;
 }
 
@@ -198,24 +198,64 @@ void multiply(const C* panel, const C* tile, int64_t tile_stride, int64_t width,
   }
 }
 
+AIT_INLINE int64_t size_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
+// Asks for the tokens of the next tile, a few cache lines at a time while this one is multiplied.
+class Prefetcher {
+ public:
+  Prefetcher(const SelectProblem& problem, const SelectTask& task)
+      : size_(size_of(problem.token_storage)),
+        row_bytes_(problem.width * size_),
+        row_stride_(problem.token_stride * size_),
+        group_(static_cast<const char*>(problem.tokens) +
+               task.group * problem.group_stride * size_) {}
+
+  // The next `num_tokens` tokens, from `token` on, in `steps` steps.
+  void start(int64_t token, int64_t num_tokens, int64_t steps) {
+    row_ = group_ + token * row_stride_;
+    byte_ = 0;
+    rows_left_ = num_tokens;
+    lines_per_step_ = (num_tokens * ((row_bytes_ + 63) / 64) + steps - 1) / steps;
+  }
+
+  AIT_INLINE void step() {
+    for (int64_t i = 0; i < lines_per_step_ && rows_left_ > 0; ++i) {
+      __builtin_prefetch(row_ + byte_, 0, 2);
+      byte_ += 64;
+      if (byte_ >= row_bytes_) {
+        byte_ = 0;
+        row_ += row_stride_;
+        --rows_left_;
+      }
+    }
+  }
+
+ private:
+  const int64_t size_, row_bytes_, row_stride_;
+  const char* const group_;
+  const char* row_ = nullptr;
+  int64_t byte_ = 0, rows_left_ = 0, lines_per_step_ = 0;
+};
+
 // What a task keeps beside its lists.
 template <typename C>
 struct ScanBuffers {
   ScanBuffers(const SelectProblem& problem, int64_t num_rows, Arena& arena)
-      // Rows of a tile that are a multiple of 1 KiB apart would compete for the same cache sets.
-      : tile_stride(problem.width + (problem.width % 256 == 0 ? 16 : 0)),
-        padded_rows(round_up(num_rows, Vec<C>::size)),
+      : padded_rows(round_up(num_rows, Vec<C>::size)),
+        copy_stride(problem.width + (problem.width % 256 == 0 ? 16 : 0)),
         panels(arena.take<C>(padded_rows * problem.width)),
-        tile(arena.take<C>(round_up(problem.tile_tokens, kStepTokens) * tile_stride)),
+        copied_tokens(arena.take<C>(round_up(problem.tile_tokens, kStepTokens) * copy_stride)),
         tile_tokens(arena.take<int32_t>(problem.tile_tokens)),
         unpacked(arena.take<C>(problem.width)),
         thresholds(arena.take<C>(padded_rows)),
         threshold_keys(arena.take<SelectKey<C>>(padded_rows)) {}
 
-  int64_t tile_stride;
   int64_t padded_rows;
+  int64_t copy_stride;  // no multiple of 1 KiB: rows would compete for the same cache sets
   C* panels;
-  C* tile;
+  C* copied_tokens;
   int32_t* tile_tokens;
   C* unpacked;
   C* thresholds;
@@ -233,30 +273,38 @@ class Scan {
       : problem_(problem),
         task_(task),
         candidates_(candidates),
-        buffers_(problem, task.num_rows, arena) {}
+        buffers_(problem, task.num_rows, arena),
+        prefetcher_(problem, task),
+        can_read_in_place_(problem.token_storage == kStorageOf<C> &&
+                           problem.rounding == kStorageOf<C> &&
+                           problem.token_stride * int64_t(sizeof(C)) % 2048 != 0),
+        worth_prefetching_(task.num_rows > kPanelRows || problem.token_stride != problem.width) {}
 
-  int64_t run() {
+  SelectStatistics run() {
     pack_query();
-    for (int64_t row = 0; row < task_.num_rows; ++row) {
+    for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
       // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
-      buffers_.thresholds[row] = C(__builtin_nanf(""));
-      buffers_.threshold_keys[row] = kBelowAllKeys<C>;
-      count_of(row) = 0;
+      // Rows that fill up a vector have no list.
+      const bool real = row < task_.num_rows;
+      buffers_.thresholds[row] = C(real ? __builtin_nanf("") : __builtin_inff());
+      buffers_.threshold_keys[row] = real ? kBelowAllKeys<C> : kLargestKey<C>;
+      if (real) count_of(row) = 0;
     }
     for (int64_t token = task_.first_token; token < task_.last_token;) {
-      const int64_t n = load_tile(token);
+      token = load_tile(token);
+      start_prefetch(token);
       for (int64_t row = 0; row < task_.num_rows; row += kPanelRows) {
         if (task_.num_rows - row > kLanes) {
-          scan_tile<kPanelVectors>(row, n);
+          scan_tile<kPanelVectors>(row);
         } else {
-          scan_tile<1>(row, n);
+          scan_tile<1>(row);
         }
       }
     }
     for (int64_t row = 0; row < task_.num_rows; ++row) {
       if (count_of(row) > problem_.k) cut(row);
     }
-    return cuts_;
+    return statistics_;
   }
 
  private:
@@ -279,56 +327,97 @@ class Scan {
     }
   }
 
-  // Loads unmasked tokens from `token` on, which it moves forward, until the tile is full; fills up
-  // the last step with zeros. Returns the number of tokens.
-  int64_t load_tile(int64_t& token) {
+  // Makes a tile of the unmasked tokens from `token` on; returns the token after the last of them.
+  int64_t load_tile(int64_t token) {
+    const int64_t most = smaller(problem_.tile_tokens, task_.last_token - token);
+    const int64_t whole_steps = most / kStepTokens * kStepTokens;
+    const bool in_place = can_read_in_place_ && whole_steps > 0 && !any_masked(token, whole_steps);
+    return in_place ? point_to_tile(token, whole_steps) : copy_tile(token);
+  }
+
+  bool any_masked(int64_t token, int64_t num_tokens) const {
+    if (problem_.mask == nullptr) return false;
+    uint8_t any = 0;
+    for (int64_t i = 0; i < num_tokens; ++i) any |= problem_.mask[token + i];
+    return any != 0;
+  }
+
+  int64_t offset_of(int64_t token) const {
+    return token * problem_.token_stride + task_.group * problem_.group_stride;
+  }
+
+  int64_t point_to_tile(int64_t token, int64_t num_tokens) {
+    tile_ = static_cast<const C*>(problem_.tokens) + offset_of(token);
+    tile_stride_ = problem_.token_stride;
+    tile_size_ = num_tokens;
+    for (int64_t i = 0; i < num_tokens; ++i) buffers_.tile_tokens[i] = int32_t(token + i);
+    ++statistics_.tiles_in_place;
+    return token + num_tokens;
+  }
+
+  // Skips masked tokens, converts and rounds, and fills up the last step with zeros.
+  int64_t copy_tile(int64_t token) {
+    const int64_t stride = buffers_.copy_stride;
     int64_t n = 0;
     for (; token < task_.last_token && n < problem_.tile_tokens; ++token) {
       if (problem_.mask != nullptr && problem_.mask[token]) continue;
-      const int64_t offset = token * problem_.token_stride + task_.group * problem_.group_stride;
-      load_row(problem_.tokens, problem_.token_storage, offset, problem_.rounding, problem_.width,
-               buffers_.tile + n * buffers_.tile_stride);
+      load_row(problem_.tokens, problem_.token_storage, offset_of(token), problem_.rounding,
+               problem_.width, buffers_.copied_tokens + n * stride);
       buffers_.tile_tokens[n++] = int32_t(token);
     }
-    const int64_t filled_up = round_up(n, kStepTokens);
-    std::memset(buffers_.tile + n * buffers_.tile_stride, 0,
-                size_t((filled_up - n) * buffers_.tile_stride) * sizeof(C));
-    return n;
+    const int64_t missing = round_up(n, kStepTokens) - n;
+    std::memset(buffers_.copied_tokens + n * stride, 0, size_t(missing * stride) * sizeof(C));
+    tile_ = buffers_.copied_tokens;
+    tile_stride_ = stride;
+    tile_size_ = n;
+    ++statistics_.tiles_copied;
+    return token;
+  }
+
+  // Where one panel reads tokens that lie side by side, the processor foresees that by itself.
+  void start_prefetch(int64_t token) {
+    if (!worth_prefetching_ || tile_size_ == 0) return;
+    const int64_t panels = (task_.num_rows + kPanelRows - 1) / kPanelRows;
+    prefetcher_.start(token, smaller(problem_.tile_tokens, task_.last_token - token),
+                      panels * round_up(tile_size_, kStepTokens) / kStepTokens);
   }
 
   template <int kVectors>
-  void scan_tile(int64_t row, int64_t num_tokens) {
+  void scan_tile(int64_t row) {
     alignas(64) C logits[kStepTokens * kVectors * kLanes];
     const C* panel = buffers_.panels + row * problem_.width;
-    for (int64_t t = 0; t < num_tokens; t += kStepTokens) {
-      multiply<C, kVectors>(panel, buffers_.tile + t * buffers_.tile_stride, buffers_.tile_stride,
-                            problem_.width, logits);
-      filter<kVectors>(logits, buffers_.tile_tokens + t, smaller(kStepTokens, num_tokens - t), row);
+    for (int64_t t = 0; t < tile_size_; t += kStepTokens) {
+      prefetcher_.step();
+      multiply<C, kVectors>(panel, tile_ + t * tile_stride_, tile_stride_, problem_.width, logits);
+      filter<kVectors>(logits, buffers_.tile_tokens + t, smaller(kStepTokens, tile_size_ - t), row);
     }
   }
 
-  // Appends what passes the thresholds. They are read afresh for each token, since a list that
-  // fills up raises its own.
+  // Appends what passes the thresholds, token by token. A list that is cut on the way raises its
+  // own threshold, which append() reads again.
   template <int kVectors>
   void filter(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t row = first_row + v * kLanes;
-        const C* lanes = logits + (t * kVectors + v) * kLanes;
-        uint32_t passing =
-            not_less_equal_mask(Vec<C>::load(lanes), Vec<C>::load(buffers_.thresholds + row));
-        if (task_.num_rows - row < kLanes) passing &= (1u << (task_.num_rows - row)) - 1;
-        for (; passing != 0; passing &= passing - 1) {
-          const int lane = __builtin_ctz(passing);
-          append(row + lane, lanes[lane], tokens[t]);
-        }
+    constexpr int64_t kRows = kVectors * kLanes;
+    constexpr int64_t kVectorsPerWord = 64 / kLanes;
+    const int64_t num_vectors = num_tokens * kVectors;
+    for (int64_t first = 0; first < num_vectors; first += kVectorsPerWord) {
+      uint64_t passing = 0;  // one bit for each of 64 logits
+      for (int64_t i = first; i < smaller(first + kVectorsPerWord, num_vectors); ++i) {
+        const C* thresholds = buffers_.thresholds + first_row + i % kVectors * kLanes;
+        const uint64_t mask =
+            not_less_equal_mask(Vec<C>::load(logits + i * kLanes), Vec<C>::load(thresholds));
+        passing |= mask << ((i - first) * kLanes);
+      }
+      for (; passing != 0; passing &= passing - 1) {
+        const int64_t position = first * kLanes + __builtin_ctzll(passing);
+        append(first_row + position % kRows, logits[position], tokens[position / kRows]);
       }
     }
   }
 
   AIT_INLINE void append(int64_t row, C logit, int32_t token) {
     const SelectKey<C> key = to_key(logit);
-    if (key <= buffers_.threshold_keys[row]) return;  // one more NaN where k are kept already
+    if (key <= buffers_.threshold_keys[row]) return;
     int64_t& count = count_of(row);
     const int64_t entry = list_of(row) + count;
     candidates_.keys[entry] = key;
@@ -344,7 +433,7 @@ class Scan {
     count_of(row) = problem_.k;
     buffers_.threshold_keys[row] = key;
     buffers_.thresholds[row] = key == kLargestKey<C> ? C(__builtin_inff()) : to_logit<C>(key);
-    ++cuts_;
+    ++statistics_.list_cuts;
   }
 
   int64_t& count_of(int64_t row) {
@@ -358,7 +447,12 @@ class Scan {
   const SelectTask& task_;
   const SelectCandidates<C>& candidates_;
   const ScanBuffers<C> buffers_;
-  int64_t cuts_ = 0;
+  Prefetcher prefetcher_;
+  const bool can_read_in_place_;  // 2 KiB apart they would compete for the same cache sets
+  const bool worth_prefetching_;
+  const C* tile_ = nullptr;
+  int64_t tile_stride_ = 0, tile_size_ = 0;
+  SelectStatistics statistics_{};
 };
 
 template <typename C>
@@ -369,8 +463,8 @@ int64_t scratch_bytes(const SelectProblem& problem, int64_t num_rows) {
 }
 
 template <typename C>
-int64_t scan(const SelectProblem& problem, const SelectTask& task,
-             const SelectCandidates<C>& candidates, void* scratch) {
+SelectStatistics scan(const SelectProblem& problem, const SelectTask& task,
+                      const SelectCandidates<C>& candidates, void* scratch) {
   return Scan<C>(problem, task, candidates, Arena{static_cast<char*>(scratch)}).run();
 }
 

@@ -73,16 +73,22 @@ struct SelectCandidates {
   int64_t capacity;  // more than k, or as many as a range has tokens
 };
 
+// Which paths a task took.
+struct SelectStatistics {
+  int64_t list_cuts;  // full lists cut down to their k largest
+  int64_t tiles_in_place;
+  int64_t tiles_copied;
+};
+
 template <typename C>
 struct SelectKernels {
   int64_t rows_per_panel;   // rows of a block come in multiples of this without waste
   int64_t tokens_per_step;  // tokens of a tile likewise
   // Bytes of scratch memory, aligned to 64, that scan() needs for a block of num_rows rows.
   int64_t (*scratch_bytes)(const SelectProblem&, int64_t num_rows);
-  // Fills the lists of the task's range; at most k entries each. Returns how many times a full list
-  // was cut down.
-  int64_t (*scan)(const SelectProblem&, const SelectTask&, const SelectCandidates<C>&,
-                  void* scratch);
+  // Fills the lists of the task's range, at most k entries each.
+  SelectStatistics (*scan)(const SelectProblem&, const SelectTask&, const SelectCandidates<C>&,
+                           void* scratch);
   // Joins the lists of each row into the rows of values (num_rows, k) and indices (num_rows, k).
   void (*collect)(const SelectProblem&, const SelectCandidates<C>&, int64_t num_rows, C* values,
                   int64_t* indices);
