@@ -29,11 +29,12 @@ def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, 
     num_rows = gates.shape[0]
     slots_per_head = num_rows // num_heads
     wide = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
-    if wide.dtype == torch.float64:
+    value = wide.detach()
+    is_open = (value > 0).to(value.dtype)
+    if value.dtype == torch.float64:
         unit = 2.0 ** (52 - (slots_per_head - 1).bit_length())
         # The rounding is part of the value and not of the gradient.
-        wide = wide + (torch.round(wide.detach() * unit) / unit - wide.detach())
-    is_open = (wide.detach() > 0).to(wide.dtype)
+        wide = wide + (torch.round(value * unit) / unit - value)
     if indices is None:
         shape = (num_heads, slots_per_head, num_tokens)
         return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -82,7 +83,7 @@ class Memory(nn.Module):
     def normalize(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """``mixed (M, D)`` with unit rows, and whether all rows had a finite norm: a bool on the device."""
         norms = row_norms(mixed)
-        return mixed / norms, torch.isfinite(norms).all()
+        return mixed / norms, (norms < math.inf).all()
 
     @torch.no_grad()
     def store(self, new: Tensor, accepted: Tensor, finite: Tensor) -> None:

@@ -115,7 +115,7 @@ class ForwardRecords:
         best = candidates[0]
         if not best.writes:
             return best
-        return _choose([r for r in candidates if r.writes and r.training == best.training], _fingerprint(tokens))
+        return _choose([record for record in candidates if record.writes], _fingerprint(tokens))
 
     def __reduce__(self) -> tuple[type[ForwardRecords], tuple[()]]:
         return ForwardRecords, ()

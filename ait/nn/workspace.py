@@ -242,8 +242,9 @@ class GlobalWorkspace(nn.Module):
             self._records.add(tokens, mask, stored, writes=writes, training=training, balance_grad=balance_grad)
 
         memory = self.memory.as_read(stored)
-        loss = stored.new_zeros(())
-        if writes:
+        if not writes:
+            loss = memory.new_zeros(())
+        else:
             mixed, loss = self._mix(memory, tokens, mask, training)
             updated, finite = self.memory.normalize(mixed)
             accepted = finite if mask is None else finite & ~mask.all()
@@ -254,7 +255,8 @@ class GlobalWorkspace(nn.Module):
         if replayed is not None:
             return pass_balance_gradient(retrieved, loss, replayed), loss
         kept = loss
-        if recorded and writes and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+        balances = writes and training and self.balance_weight > 0
+        if recorded and balances and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
             # Perhaps the first pass of reentrant checkpointing, whose recompute will ask for this gradient.
             kept = loss.detach().clone().requires_grad_()
             kept.register_hook(own_balance_grad.receive)
