@@ -57,7 +57,7 @@ def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[T
     logits_Rk = torch.einsum("re,rke->rk", query.to(dtype), x_RkE).masked_fill(~real_Rk, -math.inf)
     lse_R = torch.logsumexp(logits_Rk, dim=-1)
     empty_R = (lse_R == -math.inf).unsqueeze(-1)
-    gates_Rk = torch.exp(logits_Rk - lse_R.unsqueeze(-1)).masked_fill(empty_R | ~real_Rk, 0)
+    gates_Rk = torch.softmax(logits_Rk, dim=-1).masked_fill(empty_R | ~real_Rk, 0)
     pooled_RE = torch.einsum("rk,rke->re", gates_Rk, x_RkE).masked_fill(empty_R, 0)
     return pooled_RE, gates_Rk, lse_R
 
@@ -83,7 +83,7 @@ def bottleneck_attend_backward(
     # A row that took part nowhere has gates 0 throughout, so its gradients vanish (0 * inf must not make NaN).
     takes_part = real_Rk & (gates.sum(-1, keepdim=True) != 0)
     dl_Rk = (gates * (u_Rk - mean_u_R1 + grad_lse.unsqueeze(-1))).masked_fill(~takes_part, 0)
-    grad_query = torch.einsum("rk,rke->re", dl_Rk, x_RkE)
+    grad_query = torch.einsum("rk,rke->re", dl_Rk, x_RkE.masked_fill(~takes_part.unsqueeze(-1), 0))
     per_entry_RkE = gates.unsqueeze(-1) * grad_pooled.unsqueeze(1) + dl_Rk.unsqueeze(-1) * query.to(dtype).unsqueeze(1)
     per_entry_RkE = per_entry_RkE.masked_fill(~takes_part.unsqueeze(-1), 0)
     grad_tokens = torch.zeros_like(tokens, dtype=dtype)

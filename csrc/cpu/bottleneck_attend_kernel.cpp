@@ -232,13 +232,9 @@ void forward_row(const AttendForward<C>& a, int64_t row) {
     a.lse[row] = -INFINITY;
     return;
   }
-  if (maximum == INFINITY && !has_nan(gates, count)) {
-    // As softmax and logsumexp have it: exp(inf - inf) is NaN, the finite logits vanish.
-    for (int64_t j = 0; j < count; ++j) gates[j] = gates[j] == INFINITY ? C(NAN) : C(0);
-    scale_in_place(C(NAN), width, pooled);
-    a.lse[row] = INFINITY;
-    return;
-  }
+  // With an infinite logit, gates and pooled become NaN, as softmax has it; logsumexp is infinite.
+  const bool infinite = maximum == INFINITY && !has_nan(gates, count);
+  a.lse[row] = infinite ? maximum : shift + C(std::log(sum));
   const C inverse = C(1) / sum;
   const V shifts = V::broadcast(shift), inverses = V::broadcast(inverse);
   for_each_vector<C>(
@@ -247,7 +243,6 @@ void forward_row(const AttendForward<C>& a, int64_t row) {
         (exp(V::load(gates + j, rest) - shifts) * inverses).store(gates + j, rest);
       });
   scale_in_place(inverse, width, pooled);
-  a.lse[row] = shift + C(std::log(sum));
 }
 
 template <typename C>

@@ -89,6 +89,7 @@ def test_outputs_and_gradients_match_the_reference(dtype: torch.dtype, shape: tu
             assert_close(value, expected[name], f"{name}, query {query_dtype}")
 
 
+@needs_kernels  # library products depend on shapes and strides
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_memory_layout_changes_no_bit(dtype: torch.dtype, layout: str) -> None:
@@ -173,6 +174,7 @@ def test_compiled_equals_eager_with_dynamic_sizes() -> None:
             assert_close(other, eager)
 
 
+@needs_kernels  # library products depend on shapes and strides
 @pytest.mark.parametrize("shape", [(37, 45, 300, 130), (2, 3000, 4000, 33), (300, 5, 64, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_every_number_of_threads(dtype: torch.dtype, shape: tuple) -> None:
@@ -185,6 +187,7 @@ def test_same_bits_for_every_number_of_threads(dtype: torch.dtype, shape: tuple)
             assert_same_bits(value, results[0][name], name)
 
 
+@needs_kernels  # library products depend on shapes and strides
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     query, tokens, indices = sample_inputs((40, 30, 200, 50))
     together = ait.ops.bottleneck_attend(query, tokens, indices)
