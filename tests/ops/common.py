@@ -83,7 +83,7 @@ def run_tests_at_capability(test_file: str, capability: str, expression: str) ->
         **os.environ,
         "ATEN_CPU_CAPABILITY": "default" if capability == "baseline" else capability,
         "AIT_TEST_CAPABILITY": capability,
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(

