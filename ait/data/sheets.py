@@ -147,7 +147,7 @@ def write_sheets(
         pictures = _pictures(array, form)
         for index, picture in enumerate(pictures):
             pixels = pil_image.fromarray(picture if channels == 3 else np.repeat(picture, 3, axis=2))
-            pixels.save(folder / f"{split}-{index:02d}.webp", lossless=True, quality=100, method=6)
+            pixels.save(folder / f"{split}-{index:02d}.webp", lossless=True)
         np.save(folder / f"{split}-labels.npy", labels.astype(np.uint8) if len(classes) <= 256 else labels)
         checksum = hashlib.sha256(array.tobytes()).hexdigest()
         meta[split] = {"images": len(data), "sheets": len(pictures), "sha256": checksum}
