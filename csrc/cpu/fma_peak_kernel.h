@@ -1,4 +1,5 @@
-// The fastest that multiply-adds run on this processor: what the benchmarks measure kernels against.
+// The fastest that multiply-adds run on this processor: what the benchmarks measure kernels
+// against.
 #pragma once
 
 #include <common/cpu_capability.h>
