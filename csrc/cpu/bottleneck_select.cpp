@@ -33,6 +33,7 @@ struct Partition {
 };
 
 Partition split(const SelectProblem& problem, int64_t block_rows, int64_t ranges) {
+  block_rows = std::min(block_rows, problem.num_rows);
   const int64_t range_tokens = divide_up(problem.num_tokens, ranges);
   return {block_rows, divide_up(problem.num_rows, block_rows), range_tokens,
           divide_up(problem.num_tokens, range_tokens)};
