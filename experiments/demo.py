@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from results import comparison
 from run_folder import check_folder
 from train import Config, train, tyro
@@ -85,7 +86,8 @@ def draw(results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping
     _draw_curves(axes[0, 0], curves, "loss", "cross-entropy (log scale)")
     axes[0, 0].set_yscale("log")
     _draw_curves(axes[0, 1], curves, "accuracy", "accuracy")
-    axes[0, 1].set_ylim(0, 1.02)
+    lowest = min(line[f"{split}_accuracy"] for curve in curves for line in curve for split in ("train", "validation"))
+    axes[0, 1].set_ylim(max(0.0, lowest - 0.05), 1.01)
     axes[0, 0].legend(frameon=False, fontsize=10, labelcolor=INK)
     for axis, result in zip(axes[1], results, strict=True):
         _draw_confusion(axis, result["confusion"])
@@ -115,24 +117,28 @@ def _draw_curves(axis: Axes, curves: Sequence[Sequence[Mapping[str, float]]], qu
 
 
 def _draw_confusion(axis: Axes, confusion: Sequence[Sequence[int]]) -> None:
-    highest = max(max(row) for row in confusion)
-    # Less than linear, so that single mistakes show beside the diagonal.
-    axis.imshow(confusion, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=highest * 1.15))
-    for row, counts in enumerate(confusion):
-        for column, count in enumerate(counts):
-            if count:
-                colour = "white" if count > highest / 4 else INK
-                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=10)
+    """Counts on a square: what is right in blue, mistakes in orange."""
+    counts = np.array(confusion)
+    right = np.eye(len(counts), dtype=bool)
+    highest = max(counts.max(), 1)
+    # Less than linear, so that a single mistake shows beside the diagonal.
+    norm = PowerNorm(0.5, vmin=0, vmax=1.15 * highest)
+    for shown, colours in ((right, "Blues"), (~right, "Oranges")):
+        axis.imshow(np.ma.masked_array(counts, ~shown | (counts == 0)), cmap=colours, norm=norm)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            colour = "white" if count > highest / 4 else INK
+            axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=10)
     axis.set_xlabel("answered", color=INK)
     axis.set_ylabel("true digit", color=INK)
-    axis.set_xticks(range(len(confusion)))
-    axis.set_yticks(range(len(confusion)))
-    edges = [index - 0.5 for index in range(1, len(confusion))]
+    axis.set_xticks(range(len(counts)))
+    axis.set_yticks(range(len(counts)))
+    edges = np.arange(1, len(counts)) - 0.5
     axis.set_xticks(edges, minor=True)
     axis.set_yticks(edges, minor=True)
-    axis.grid(which="minor", color="white", lw=1.5)
+    axis.grid(which="minor", color="#f0f0f0", lw=1)
     axis.tick_params(which="both", length=0, labelcolor=INK)
-    axis.spines[:].set_visible(False)
+    axis.spines[:].set_color("#d0d0d0")
 
 
 def main() -> None:

@@ -244,6 +244,8 @@ def resolve(config: Config) -> Config:
     if config.data not in known:
         raise ValueError(f"train: expected data to be one of {', '.join(known)}, got {config.data!r}")
     recipe = {name: value for name, value in RECIPES[config.data].items() if getattr(config, name) is None}
+    if "warmup_epochs" in recipe and config.epochs is not None:
+        recipe["warmup_epochs"] = min(recipe["warmup_epochs"], config.epochs)  # of a run that is cut short
     out = config.out or Path("runs") / f"{config.data}-{config.model}-{config.seed}"
     return dataclasses.replace(config, **recipe, out=Path(out))
 
@@ -256,6 +258,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < smallest):
             raise ValueError(f"train: expected {name} to be a whole number of at least {smallest}, got {value!r}")
+    if config.seed >= 2**63:
+        raise ValueError(f"train: expected seed to be a whole number below 2^63, got {config.seed}")
     largest = {"warmup_epochs": config.epochs, "final_lr_ratio": 1, "label_smoothing": 1}
     for name in ("lr", "warmup_epochs", "final_lr_ratio", "weight_decay", "clip_norm", "label_smoothing"):
         value, high = getattr(config, name), largest.get(name, math.inf)

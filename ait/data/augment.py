@@ -55,9 +55,19 @@ def flip_horizontally(images: Tensor, which: Tensor) -> Tensor:
     return torch.where(which.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """:func:`crop_padded` at offsets that ``generator`` draws, uniformly and apart for every image."""
+def random_crop(images: Tensor, padding: int, generator: torch.Generator, probability: float = 1.0) -> Tensor:
+    """:func:`crop_padded` at offsets that ``generator`` draws, uniformly and apart for every image.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        padding: pixels on each side.
+        generator: what draws.
+        probability: with which an image is cropped; otherwise it stays where it was.
+    """
     offsets = torch.randint(0, 2 * padding + 1, (len(images), 2), generator=generator, device=generator.device)
+    if probability < 1:
+        stays = torch.rand(len(images), generator=generator, device=generator.device) >= probability
+        offsets[stays] = padding
     return crop_padded(images, padding, offsets)
 
 

@@ -48,6 +48,14 @@ def test_crop_draws_every_offset_alike() -> None:
     assert int(counts[1:4, 1:4].min()) > 4000 / 9 - 5 * 20 and int(counts.max()) < 4000 / 9 + 5 * 20  # 5 deviations
 
 
+def test_crop_with_a_probability_leaves_the_other_images_where_they_were() -> None:
+    mark = torch.zeros(4000, 1, 5, 5, dtype=torch.uint8)
+    mark[:, 0, 2, 2] = 1
+    stayed = int(random_crop(mark, 1, torch.Generator().manual_seed(0), probability=0.25)[:, 0, 2, 2].sum())
+    assert abs(stayed - 4000 * (0.75 + 0.25 / 9)) < 5 * 27  # 5 deviations
+    assert torch.equal(random_crop(mark, 1, torch.Generator().manual_seed(0), probability=0.0), mark)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flip_equals_reversing_each_chosen_image(shape: tuple[int, int, int]) -> None:
     images = _images(shape, 40)

@@ -66,7 +66,7 @@ def test_cifar_is_read_from_contact_sheets_with_crop_and_flip(tmp_path: Path) ->
 
 def test_sheets_of_another_data_set_are_refused(tmp_path: Path) -> None:
     folder = _cifar_sheets(tmp_path / "hundred", 100)
-    with pytest.raises(ValueError, match=r"cifar10: .*expected images of 3 x 32 x 32 in 10 classes, got .* 100 classes"):
+    with pytest.raises(ValueError, match=r"cifar10: .*expected images .* in 10 classes, got .* 100 classes"):
         cifar10(folder)
 
 

@@ -1,0 +1,125 @@
+"""Intervals, the table of results, and what is said of two runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import results
+from results import (
+    REQUIRED,
+    comparison,
+    environment,
+    git_revision,
+    intervals_overlap,
+    markdown_table,
+    read_result,
+    wilson_interval,
+    write_json,
+)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17, 1998, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_has_the_published_values(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(1, 2), (342, 360), (7150, 10000), (1, 1000)])
+def test_wilson_bounds_are_the_shares_that_the_score_test_just_accepts(correct: int, total: int) -> None:
+    share = correct / total
+    for bound in wilson_interval(correct, total):
+        score = (share - bound) / math.sqrt(bound * (1 - bound) / total)
+        assert abs(score) == pytest.approx(1.959963984540054, rel=1e-9)
+
+
+def test_wilson_interval_at_the_ends_is_exact_and_symmetric() -> None:
+    assert wilson_interval(0, 7)[0] == 0.0 and wilson_interval(7, 7)[1] == 1.0
+    low, high = wilson_interval(3, 10)
+    assert wilson_interval(7, 10) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_interval_refuses_what_is_no_count(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match=f"got {correct} of {total}"):
+        wilson_interval(correct, total)
+
+
+def _result(run: str, accuracy: float, interval: tuple[float, float], data: str = "cifar10") -> dict[str, Any]:
+    return {
+        "run": run,
+        "model": "ait_tiny",
+        "data": data,
+        "parameters": 747466,
+        "test_accuracy": accuracy,
+        "test_interval_95": list(interval),
+        "validation_accuracy": 0.7,
+        "epochs": 10,
+        "images_per_second": 1234.5,
+        "seconds": 90.0,
+        "environment": {"threads": 1},
+    }
+
+
+def test_overlapping_intervals_show_no_difference_and_apart_they_name_the_better() -> None:
+    a, b, c = _result("a", 0.7, (0.6, 0.8)), _result("b", 0.85, (0.8, 0.9)), _result("c", 0.95, (0.91, 0.97))
+    assert intervals_overlap(a["test_interval_95"], b["test_interval_95"])  # they touch
+    assert comparison(a, b) == "a and b: no difference shown (the 95 % intervals overlap)"
+    assert comparison(b, c) == comparison(c, b) == "c is better than b (the 95 % intervals do not overlap)"
+
+
+def test_command_prints_the_table_and_compares_runs_on_the_same_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name, data in (("a", "cifar10"), ("b", "cifar10"), ("c", "digits")):
+        paths.append(tmp_path / f"{name}.json")
+        write_json(paths[-1], _result(name, 0.7, (0.6, 0.8), data))
+    results.main([str(path) for path in paths])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| a | cifar10 | 747,466 | 10 | 70.00 | 70.00 | 60.00 to 80.00 | 1,234 | 1.5 | 1 |"
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert lines[6:] == ["- cifar10: a and b: no difference shown (the 95 % intervals overlap)."]
+    assert markdown_table([]).count("\n") == 1
+
+
+def test_json_is_one_line_a_key_and_comes_back(tmp_path: Path) -> None:
+    content = _result("a", 0.1, (0.0, 0.2))
+    write_json(tmp_path / "a.json", content)
+    assert (tmp_path / "a.json").read_text().count("\n") == len(content) + 2
+    assert read_result(tmp_path / "a.json") == json.loads((tmp_path / "a.json").read_text()) == content
+
+
+def test_what_is_no_result_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with pytest.raises(SystemExit, match=r"no .*result.json; a run writes it when it has finished"):
+        results.main([str(path)])
+    for text, got in (("{", "got "), ("[]", "got no"), ('{"run": 1}', "got no data, environment")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=rf"{path}: expected the result.json of a run, {got}"):
+            results.main([str(path)])
+    with pytest.raises(SystemExit, match="usage"):
+        results.main([])
+
+
+def test_environment_names_the_processor_versions_and_threads() -> None:
+    facts = environment()
+    assert facts["cpu"] and facts["torch"]["running"] and facts["threads"] >= 1 and facts["kernels"]
+    json.dumps(facts)
+    assert "environment" in REQUIRED
+
+
+def test_git_revision_is_a_commit_or_nothing() -> None:
+    revision = git_revision()
+    assert revision is None or len(revision.rstrip("+")) == 40
