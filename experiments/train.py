@@ -110,6 +110,7 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
     """
     config = resolve(config)
     check(config)
+    revision = git_revision()  # now: the checkout may move on while the run goes on
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     splits = load_images(config.data, config.data_dir, config.download)
@@ -180,7 +181,7 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
         "images_per_second": sorted(rates)[len(rates) // 2],
         "seconds": seconds,
         "config": recorded(config),
-        "git_revision": git_revision(),
+        "git_revision": revision,
         "environment": environment(),
         "confusion": confusion.tolist(),  # rows: true class; columns: what was answered
     }

@@ -77,6 +77,19 @@ def test_a_run_records_one_line_an_epoch_and_its_result(finished: tuple[Path, di
     assert result["seconds"] > 0 and result["images_per_second"] > 0
 
 
+def test_the_revision_is_that_of_the_start(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = ["at the start"]
+    monkeypatch.setattr(train_module, "git_revision", lambda: head[0])
+    real = train_module.prepare_folder
+
+    def prepare_folder(folder: Path) -> None:
+        head[0] = "later"
+        real(folder)
+
+    monkeypatch.setattr(train_module, "prepare_folder", prepare_folder)
+    assert run_quietly(tiny_config(data_dir, tmp_path, "vit_tiny", epochs=1))["git_revision"] == "at the start"
+
+
 def test_no_path_of_this_machine_is_recorded(finished: tuple[Path, dict[str, Any]], data_dir: Path) -> None:
     out, _ = finished
     for name in ("config.json", "metrics.jsonl", "result.json"):
