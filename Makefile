@@ -26,12 +26,13 @@ help:  ## list the targets
 $(VENV)/.environment: pyproject.toml
 	@command -v $(BASE_PYTHON) >/dev/null || { echo "make: no $(BASE_PYTHON); name a Python in BASE_PYTHON" >&2; exit 1; }
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet "torch>=2.10" torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(PYTHON) -m pip install --quiet "torch>=2.10" torchvision
 	@touch $@
 
 env: $(ENVIRONMENT)  ## make the environment in .venv
 
 $(STATE): $(ENVIRONMENT) $(SOURCES)
+	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13"
 	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[data,train,viz,dev]"
 	@mkdir -p $(dir $@) && touch $@
 
