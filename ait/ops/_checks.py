@@ -7,12 +7,26 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TOKEN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def op_error(name: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_tensors(name: str, **arguments: Any) -> None:
+    """Checks that all arguments are tensors, and that none carries a tangent of forward-mode autograd."""
+    for argument, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be a torch.Tensor, got {type(value).__name__}")
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for argument, value in arguments.items():
+        # Without this the tangent would be lost in silence.
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{name}: forward-mode autograd is not implemented, and {argument} has a tangent")
 
 
 def check_tokens(name: str, **pair: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import check_tokens, no_double_backward, op_error
+from ait.ops._checks import check_tensors, check_tokens, no_double_backward, op_error
 from ait.ops._library import register_reference
 
 
@@ -28,12 +28,14 @@ def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[T
         ``pooled (R, E)``, ``gates (R, k)`` and ``lse (R,)``, float32 (float64 for float64 tokens).
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices are not as above.
         RuntimeError: an index is out of range or out of order.
 
     Source: Associative Transformer, arXiv 2309.12862, bottleneck attention.
     """
     name = "bottleneck_attend"
+    check_tensors(name, query=query, tokens=tokens, indices=indices)
     if query.dim() != 2:
         raise op_error(name, "query of shape (R, E)", tuple(query.shape))
     if tokens.dim() != 2 or tokens.shape[1] != query.shape[1]:

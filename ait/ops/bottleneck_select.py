@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import check_mask, check_positive_int, check_tokens, op_error
+from ait.ops._checks import check_mask, check_positive_int, check_tensors, check_tokens, op_error
 from ait.ops._library import register_reference
 
 
@@ -37,11 +37,13 @@ def bottleneck_select(
         ascending and unique. A row with fewer than ``k`` candidates ends in index -1 and value ``-inf``.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes, devices or ``k`` are not as above.
 
     Source: Associative Transformer, arXiv 2309.12862, bottleneck attention.
     """
     name = "bottleneck_select"
+    check_tensors(name, query=query, tokens=tokens)
     if query.dim() != 3:
         raise op_error(name, "query of shape (G, R, d)", tuple(query.shape))
     groups, _, width = query.shape

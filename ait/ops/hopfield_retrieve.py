@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import check_positive_int, check_tokens, no_double_backward, op_error
+from ait.ops._checks import check_positive_int, check_tensors, check_tokens, no_double_backward, op_error
 from ait.ops._library import register_reference
 
 MAX_STEPS = 10_000
@@ -37,11 +37,13 @@ def hopfield_retrieve(
         are not differentiable; :func:`hopfield_energy` is.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes, devices or numbers are not as above.
 
     Source: Ramsauer et al., Hopfield Networks is All You Need, arXiv 2008.02217, eq. 3.
     """
     name = "hopfield_retrieve"
+    check_tensors(name, state=state, patterns=patterns)
     if state.dim() != 2:
         raise op_error(name, "state of shape (T, E)", tuple(state.shape))
     _check_patterns(name, state, patterns, beta)

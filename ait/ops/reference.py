@@ -45,9 +45,21 @@ def bottleneck_select(
 
 def _gather(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The listed tokens ``(R, k, E)``, zero where the index is -1, and which entries are real ``(R, k)``."""
+    _check_lists(indices, tokens.shape[0])
     real = indices >= 0
     gathered = tokens[indices.clamp(min=0)] if tokens.shape[0] else tokens.new_zeros(*indices.shape, tokens.shape[1])
     return gathered.masked_fill(~real.unsqueeze(-1), 0), real
+
+
+def _check_lists(indices: Tensor, num_tokens: int) -> None:
+    """Refuses what the compiled kernels refuse; an index out of range would end a CUDA process."""
+    in_range = (indices >= -1) & (indices < num_tokens)
+    before, after = indices[:, :-1], indices[:, 1:]
+    in_order = (after == -1) | ((before >= 0) & (after > before))
+    bad_rows = torch.nonzero(~(in_range.all(-1) & in_order.all(-1)))
+    if bad_rows.numel():
+        expected = f"indices ascending and unique in [0, {num_tokens}), -1 last"
+        raise RuntimeError(f"bottleneck_attend: expected {expected}, got something else in row {bad_rows[0].item()}")
 
 
 def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -350,7 +350,6 @@ BAD_LISTS = {
 }
 
 
-@needs_kernels
 @pytest.mark.parametrize("bad", BAD_LISTS, ids=str)
 def test_bad_lists_are_errors_forward_and_backward(bad: str) -> None:
     query, tokens, _ = sample_inputs((3, 3, 20, 8))
