@@ -163,7 +163,9 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
 
     kernel_library = build_dir / "libait_cpu.so"
     torch_libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    ninja.add("link", kernel_library, objects, ["-Wl,-soname,libait_cpu.so", "-Wl,--no-undefined", *torch_libraries])
+    exports = f"-Wl,--version-script={csrc / 'exports.map'}"
+    link_flags = ["-Wl,-soname,libait_cpu.so", "-Wl,--no-undefined", exports, *torch_libraries]
+    ninja.add("link", kernel_library, objects, link_flags)
 
     module_flags = [*common, f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
     module_object = ninja.add("compile", build_dir / "module.o", [csrc / "module.cpp"], module_flags)
