@@ -32,10 +32,13 @@ struct Vec {
   typename VecTypes<C>::Raw raw;
 
   static AIT_INLINE Vec zero() { return broadcast(C(0)); }
+  // Here and below, assigning elements of `raw` one by one would compile to as many shuffles.
   static AIT_INLINE Vec broadcast(C x) {
-    Vec result;
-    for (int i = 0; i < size; ++i) result.raw[i] = x;
-    return result;
+    if constexpr (size == 4) {
+      return {typename VecTypes<C>::Raw{x, x, x, x}};
+    } else {
+      return {typename VecTypes<C>::Raw{x, x}};
+    }
   }
 
   static AIT_INLINE Vec load(const C* p) {
@@ -45,9 +48,9 @@ struct Vec {
   }
   template <typename S>
   static AIT_INLINE Vec load(const S* p) {
-    Vec result;
-    for (int i = 0; i < size; ++i) result.raw[i] = convert<C>(p[i]);
-    return result;
+    C converted[size];
+    for (int i = 0; i < size; ++i) converted[i] = convert<C>(p[i]);
+    return load(converted);
   }
   template <typename S>
   static AIT_INLINE Vec load(const S* p, int64_t n) {
@@ -57,7 +60,9 @@ struct Vec {
   AIT_INLINE void store(C* p) const { std::memcpy(p, &raw, sizeof raw); }
   template <typename S>
   AIT_INLINE void store(S* p) const {
-    for (int i = 0; i < size; ++i) p[i] = convert<S>(C(raw[i]));
+    C exact[size];
+    store(exact);
+    for (int i = 0; i < size; ++i) p[i] = convert<S>(exact[i]);
   }
   template <typename S>
   AIT_INLINE void store(S* p, int64_t n) const {
