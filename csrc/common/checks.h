@@ -71,11 +71,14 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Contiguous, in the dtype `dtype`; the tensor itself where it already is.
+// The tensor itself where it is contiguous already, without a call to the dispatcher.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Contiguous, in the dtype `dtype`.
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  const Tensor converted =
-      tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return torch::stable::contiguous(converted);
+  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
 
 }  // namespace ait

@@ -1,5 +1,6 @@
 // ait::bottleneck_attend and its backward on CPU: checks, allocation and distribution over threads.
 #include <common/checks.h>
+#include <common/huge_pages.h>
 #include <common/parallel.h>
 #include <torch/csrc/stable/library.h>
 
@@ -135,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   check_inputs(query_in, tokens_in, indices_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
-  const Tensor tokens = torch::stable::contiguous(tokens_in);
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor tokens = as_contiguous(tokens_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Lists lists(tokens, indices);
   Tensor pooled = new_empty(query, {lists.num_rows, lists.width}, dtype);
   Tensor gates = new_empty(query, {lists.num_rows, lists.num_entries}, dtype);
@@ -174,7 +175,7 @@ Tensor checked(const char* argument, const Tensor& tensor, std::initializer_list
   check_dense_cpu(kName, argument, tensor);
   check_shape(kName, argument, tensor, shape);
   check_dtype(kName, argument, tensor, dtype);
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 // An absent gradient stands for zero.
@@ -216,8 +217,8 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   check_inputs(query_in, tokens_in, indices_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
-  const Tensor tokens = torch::stable::contiguous(tokens_in);
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor tokens = as_contiguous(tokens_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Lists lists(tokens, indices);
   const auto rows_by_width = {lists.num_rows, lists.width};
   const auto rows_by_entries = {lists.num_rows, lists.num_entries};
@@ -228,6 +229,8 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   const auto grad_lse = checked("grad_lse", grad_lse_in, {lists.num_rows}, dtype);
   Tensor grad_query = new_empty(query, {lists.num_rows, lists.width}, dtype);
   Tensor grad_tokens = new_empty(tokens, {lists.num_tokens, lists.width});
+  prefer_huge_pages(grad_tokens.mutable_data_ptr(),
+                    grad_tokens.numel() * int64_t(grad_tokens.element_size()));
 
   dispatch(tokens.scalar_type(), [&](const auto& kernel, auto zero) {
     using C = decltype(zero);

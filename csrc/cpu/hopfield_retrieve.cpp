@@ -1,5 +1,6 @@
 // ait::hopfield_retrieve and its backward on CPU: checks, packing, distribution over threads.
 #include <common/checks.h>
+#include <common/huge_pages.h>
 #include <common/parallel.h>
 #include <torch/csrc/stable/library.h>
 
@@ -137,34 +138,39 @@ std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
   check_inputs(state_in, patterns_in, beta, steps);
   STD_TORCH_CHECK(std::isfinite(tol) && tol >= 0, kName, ": expected a finite tol >= 0, got ", tol);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
-  const Tensor state = torch::stable::contiguous(state_in);
+  const Tensor state = as_contiguous(state_in);
   const Tensor patterns = contiguous_as(patterns_in, dtype);
   const int64_t num_tokens = state.size(0), width = state.size(1);
   Tensor out = new_empty(state, {num_tokens, width});
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
   Tensor steps_taken = new_empty(state, {num_tokens}, ScalarType::Long);
   Tensor lse = new_empty(state, {num_tokens}, dtype);
 
   dispatch(state.scalar_type(), [&](const auto& kernel, auto zero) {
     using C = decltype(zero);
     const PackedPatterns<C> packed(kernel, patterns, steps > 1);
+    const int64_t states = steps > 1 ? 2 : 1, weights = steps > 1 ? 4 : 2;
+    const int64_t values = states * packed.width_stride + weights * packed.pattern_stride;
+    const int64_t tile = tile_size(values, sizeof(C));
     const HopfieldForward<C> args{packed.get(),
                                   state.const_data_ptr(),
                                   C(beta),
                                   steps,
                                   C(tol),
+                                  tile,
                                   out.mutable_data_ptr(),
                                   steps_taken.mutable_data_ptr<int64_t>(),
                                   lse.mutable_data_ptr<C>()};
-    const int64_t states = steps > 1 ? 2 : 1, weights = steps > 1 ? 4 : 2;
-    const int64_t values = states * packed.width_stride + weights * packed.pattern_stride;
-    const int64_t tile = tile_size(values, sizeof(C));
-    const int64_t tiles = divide_up(num_tokens, tile);
-    const int64_t slots =
-        num_slots(tiles, double(tile) * double(packed.num_patterns) *
-                             (2.0 * double(width) + double(steps) * double(packed.num_patterns)));
+    const double work = double(packed.num_patterns) *
+                        (2.0 * double(width) + double(steps) * double(packed.num_patterns));
+    const int64_t slots = num_slots(divide_up(num_tokens, tile), double(tile) * work);
+    // Some tiles in a row, so that one can be fetched while another is worked on.
+    const int64_t range =
+        std::max(divide_up(divide_up(num_tokens, 16 * slots), tile), int64_t{1}) * tile;
     const Scratch<C> scratch(checked_product(slots, tile, values));
+    const Scratch<SoftmaxSum<C>> sums(slots * tile);
     const Scratch<bool> stopped(slots * tile);
-    for_each_task(tiles, slots, [&](int64_t slot, int64_t index) {
+    for_each_task(divide_up(num_tokens, range), slots, [&](int64_t slot, int64_t index) {
       C* state_tile = scratch.get() + slot * tile * values;
       C* weights_tile = state_tile + states * tile * packed.width_stride;
       const int64_t size = tile * packed.pattern_stride;
@@ -174,8 +180,9 @@ std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
                                         weights_tile + size,
                                         steps > 1 ? weights_tile + 2 * size : nullptr,
                                         steps > 1 ? weights_tile + 3 * size : nullptr,
+                                        sums.get() + slot * tile,
                                         stopped.get() + slot * tile};
-      kernel.forward(args, s, index * tile, std::min((index + 1) * tile, num_tokens));
+      kernel.forward(args, s, index * range, std::min((index + 1) * range, num_tokens));
     });
   });
   return {out, steps_taken, lse};
@@ -238,7 +245,11 @@ struct BackwardTiles {
         size(checked_product(tile, 3 * wide + (4 + segment + 1 + segments) * narrow)),
         memory_(checked_product(slots, size)) {
     // Columns beyond the last are read with the others, and must be numbers.
-    std::fill(memory_.get(), memory_.get() + slots * size, C(0));
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const HopfieldBackwardScratch<C> s = get(slot);
+      std::fill(s.moved, s.moved + tile * wide, C(0));
+      std::fill(s.grad_logits, s.grad_logits + tile * narrow, C(0));
+    }
   }
 
   HopfieldBackwardScratch<C> get(int64_t slot) const {
@@ -299,12 +310,14 @@ std::tuple<Tensor, Tensor> hopfield_retrieve_backward(const Tensor& grad_out_in,
   check_shape(kName, "steps_taken", steps_taken_in, {num_tokens});
   check_dtype(kName, "steps_taken", steps_taken_in, ScalarType::Long);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
-  const Tensor state = torch::stable::contiguous(state_in);
+  const Tensor state = as_contiguous(state_in);
   const Tensor patterns = contiguous_as(patterns_in, dtype);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_in);
-  const Tensor steps_taken = torch::stable::contiguous(steps_taken_in);
+  const Tensor grad_out = as_contiguous(grad_out_in);
+  const Tensor steps_taken = as_contiguous(steps_taken_in);
   const int64_t most_steps = check_steps_taken(steps_taken, steps);
   Tensor grad_state = new_empty(state, {num_tokens, width});
+  prefer_huge_pages(grad_state.mutable_data_ptr(),
+                    grad_state.numel() * int64_t(grad_state.element_size()));
   Tensor grad_patterns = new_empty(patterns, {patterns.size(0), width});
 
   dispatch(state.scalar_type(), [&](const auto& kernel, auto zero) {

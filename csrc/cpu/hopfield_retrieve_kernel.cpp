@@ -17,6 +17,8 @@ constexpr int kRows = 4;
 template <typename C>
 constexpr int64_t kPanel = 2 * Vec<C>::size;
 
+constexpr int64_t kLine = 64;  // bytes of a line of the cache
+
 // ---- Packing ------------------------------------------------------------------------------------
 
 // Columns that the panel from `column` on takes in memory: half a panel where that is enough.
@@ -75,12 +77,38 @@ void load_tile(const void* source, int64_t first, int64_t rows, int64_t width, C
 
 // ---- Products -----------------------------------------------------------------------------------
 
+// What is read after a product, fetched into the cache line by line while that is computed.
+struct Upcoming {
+  const char* rows;
+  int64_t row_bytes;
+
+  AIT_INLINE void fetch(int64_t row, int64_t line) const {
+    __builtin_prefetch(rows + row * row_bytes + line * 64, 0, 2);
+  }
+};
+
+struct NothingUpcoming {
+  AIT_INLINE void fetch(int64_t, int64_t) const {}
+};
+
+// Calls visit(sum, r, v) for a tile of registers. Unrolled: a loop would put the tile into memory.
+template <int rows, int vectors, typename V, typename Visit>
+AIT_INLINE void for_each_sum(V (&sums)[rows][vectors], Visit visit) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) visit(sums[r][v], r, v);
+  }
+}
+
 // sums[r][v] += sum over d of a[r * row_stride + d * depth_stride] * panel[d * panel_stride + v].
-template <int rows, int vectors, typename C>
+template <int rows, int vectors, typename C, typename Next>
 AIT_INLINE void multiply_add(const C* a, int64_t row_stride, int64_t depth_stride, const C* panel,
-                             int64_t panel_stride, int64_t depth, Vec<C> (&sums)[rows][vectors]) {
+                             int64_t panel_stride, int64_t depth, Vec<C> (&sums)[rows][vectors],
+                             int64_t first_row, Next next) {
   using V = Vec<C>;
   for (int64_t d = 0; d < depth; ++d) {
+    next.fetch(first_row, d);
     V b[vectors];
     for (int v = 0; v < vectors; ++v) b[v] = V::load(panel + v * V::size);
 #pragma GCC unroll 16
@@ -114,30 +142,28 @@ AIT_INLINE void for_each_block(int64_t rows, Run run) {
 }
 
 // store(row, column, vector) for the product of a (rows, depth) and a packed matrix.
-template <typename C, typename Store>
+template <typename C, typename Next, typename Store>
 AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
-                                int64_t depth, int64_t columns, Store store) {
+                                int64_t depth, int64_t columns, Next next, Store store) {
   using V = Vec<C>;
-  const auto panel = [&](int64_t column, auto vectors) {
+  const auto panel = [&](int64_t column, auto vectors, auto upcoming) {
     for_each_block(rows, [&](int64_t row, auto block) {
       V sums[block.value][vectors.value];
-      for (auto& row_sums : sums) {
-        for (V& sum : row_sums) sum = V::zero();
-      }
+      for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
       multiply_add(a + row * a_stride, a_stride, 1, packed + column * depth,
-                   vectors.value * V::size, depth, sums);
-      for (int r = 0; r < block.value; ++r) {
-        for (int v = 0; v < vectors.value; ++v) {
-          store(row + r, column + v * V::size, sums[r][v]);
-        }
-      }
+                   vectors.value * V::size, depth, sums, row, upcoming);
+      for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
+        store(row + r, column + v * V::size, sum);
+      });
     });
   };
   for (int64_t column = 0; column < columns; column += kPanel<C>) {
-    if (packed_columns<C>(column, columns) == kPanel<C>) {
-      panel(column, Constant<2>{});
+    if (packed_columns<C>(column, columns) < kPanel<C>) {
+      panel(column, Constant<1>{}, next);
+    } else if (column == 0) {
+      panel(column, Constant<2>{}, next);
     } else {
-      panel(column, Constant<1>{});
+      panel(column, Constant<2>{}, NothingUpcoming{});
     }
   }
 }
@@ -145,26 +171,43 @@ AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, cons
 template <typename C>
 void multiply(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
               int64_t columns, C* out, int64_t out_stride) {
-  multiply_packed(a, a_stride, rows, packed, depth, columns,
+  multiply_packed(a, a_stride, rows, packed, depth, columns, NothingUpcoming{},
                   [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
                     sum.store(out + row * out_stride + column);
                   });
 }
 
-// The same, rounded to storage type S; touches no element beyond the columns.
+// The logits of a tile of states: the same, while the states of the next tile are fetched.
+template <typename C>
+void multiply_states(const HopfieldPatterns<C>& p, const C* states, int64_t rows, Upcoming next,
+                     C* logits) {
+  multiply_packed(states, p.width_stride, rows, p.transposed, p.width, p.num_patterns, next,
+                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
+                    sum.store(logits + row * p.pattern_stride + column);
+                  });
+}
+
+// A product rounded to storage type S; touches no element beyond the columns. A few rows at a time
+// are written from end to end: writes that jump from row to row cost more than reading the packed
+// matrix again.
 template <typename C, typename S>
 void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
                          int64_t columns, S* out) {
-  multiply_packed(a, a_stride, rows, packed, depth, columns,
-                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
-                    const int64_t rest = columns - column;
-                    S* target = out + row * columns + column;
-                    if (rest >= Vec<C>::size) {
-                      sum.store(target);
-                    } else if (rest > 0) {
-                      sum.store(target, rest);
-                    }
-                  });
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t block = rows - first < kRows ? rows - first : kRows;
+    S* block_out = out + first * columns;
+    multiply_packed(a + first * a_stride, a_stride, block, packed, depth, columns,
+                    NothingUpcoming{},
+                    [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
+                      const int64_t rest = columns - column;
+                      S* target = block_out + row * columns + column;
+                      if (rest >= Vec<C>::size) {
+                        sum.store(target);
+                      } else if (rest > 0) {
+                        sum.store(target, rest);
+                      }
+                    });
+  }
 }
 
 // target (rows, columns) += a^T b for a (depth, rows) and b (depth, columns); the rows of b and
@@ -177,13 +220,11 @@ void add_outer(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64
     for_each_block(rows, [&](int64_t row, auto block) {
       V sums[block.value][2];
       C* at = target + row * target_stride + column;
-      for (int r = 0; r < block.value; ++r) {
-        for (int v = 0; v < 2; ++v) sums[r][v] = V::load(at + r * target_stride + v * V::size);
-      }
-      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums);
-      for (int r = 0; r < block.value; ++r) {
-        for (int v = 0; v < 2; ++v) sums[r][v].store(at + r * target_stride + v * V::size);
-      }
+      for_each_sum(
+          sums, [&](V& sum, int r, int v) { sum = V::load(at + r * target_stride + v * V::size); });
+      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums, row, NothingUpcoming{});
+      for_each_sum(sums,
+                   [&](V& sum, int r, int v) { sum.store(at + r * target_stride + v * V::size); });
     });
   }
 }
@@ -202,10 +243,10 @@ void multiply_gram(const HopfieldPatterns<C>& p, const C* in, int64_t rows, C* m
 
 // ---- Rows of M weights --------------------------------------------------------------------------
 
-// weights = softmax(beta logits) of one token; returns logsumexp(beta logits). Both have room for
-// whole vectors; the weights there become 0.
+// weights = softmax(beta logits) of one token. Both have room for whole vectors; the weights there
+// become 0.
 template <typename C>
-C softmax(const C* logits, C beta, int64_t patterns, C* weights) {
+AIT_INLINE SoftmaxSum<C> softmax(const C* logits, C beta, int64_t patterns, C* weights) {
   using V = Vec<C>;
   const V betas = V::broadcast(beta);
   const int64_t whole = patterns / V::size * V::size, rest = patterns - whole;
@@ -215,17 +256,12 @@ C softmax(const C* logits, C beta, int64_t patterns, C* weights) {
     scaled.store(weights + m);
     largest = max(scaled, largest);
   }
-  C maximum = reduce_max(largest);
   if (rest > 0) {
     (V::load(logits + whole) * betas).store(weights + whole);
-    for (int64_t m = whole; m < patterns; ++m)
-      maximum = weights[m] > maximum ? weights[m] : maximum;
     for (int64_t m = patterns; m < whole + V::size; ++m) weights[m] = -INFINITY;
+    largest = max(V::load(weights + whole), largest);
   }
-  bool infinite_without_nan = maximum == INFINITY || maximum == -INFINITY;
-  for (int64_t m = 0; infinite_without_nan && m < patterns; ++m) {
-    infinite_without_nan = weights[m] == weights[m];
-  }
+  const C maximum = reduce_max(largest);
   const V shift = V::broadcast(maximum);
   V total = V::zero();
   for (int64_t m = 0; m < patterns; m += V::size) {
@@ -238,7 +274,16 @@ C softmax(const C* logits, C beta, int64_t patterns, C* weights) {
   for (int64_t m = 0; m < patterns; m += V::size) {
     (V::load(weights + m) * inverse).store(weights + m);
   }
-  return infinite_without_nan ? maximum : maximum + C(std::log(sum));
+  return {maximum, sum};
+}
+
+// logsumexp(beta logits) of one token: infinite where the largest is, unless one is NaN.
+template <typename C>
+C log_sum_exp(SoftmaxSum<C> softmax, const C* logits, C beta, int64_t patterns) {
+  const bool infinite = softmax.maximum == INFINITY || softmax.maximum == -INFINITY;
+  bool any_nan = false;
+  for (int64_t m = 0; infinite && m < patterns; ++m) any_nan |= std::isnan(beta * logits[m]);
+  return infinite && !any_nan ? softmax.maximum : softmax.maximum + C(std::log(softmax.sum));
 }
 
 // Sum of a[i] b[i].
@@ -327,20 +372,36 @@ void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratc
   }
 }
 
+// The rows of a (T, width) tensor behind the tile [first, last), to be fetched; of the last tile
+// itself, which costs nothing.
+template <typename S>
+AIT_INLINE Upcoming rows_behind(const void* source, int64_t first, int64_t last, int64_t end,
+                                int64_t width) {
+  const S* rows = static_cast<const S*>(source) + (last < end ? last : first) * width;
+  return {reinterpret_cast<const char*>(rows), width * int64_t(sizeof(S))};
+}
+
 template <typename C, typename S>
 void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, int64_t begin,
              int64_t end) {
   const HopfieldPatterns<C>& p = a.patterns;
-  const int64_t rows = end - begin, patterns = p.num_patterns, stride = p.pattern_stride;
-  load_tile<C, S>(a.state, begin, rows, p.width, s.state, p.width_stride);
-  multiply(s.state, p.width_stride, rows, p.transposed, p.width, patterns, s.logits, stride);
-  for (int64_t t = 0; t < rows; ++t) {
-    a.lse[begin + t] = softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
-    a.steps_taken[begin + t] = 1;
+  const int64_t patterns = p.num_patterns, stride = p.pattern_stride;
+  for (int64_t first = begin; first < end; first += a.tile) {
+    const int64_t rows = end - first < a.tile ? end - first : a.tile;
+    load_tile<C, S>(a.state, first, rows, p.width, s.state, p.width_stride);
+    multiply_states(p, s.state, rows, rows_behind<S>(a.state, first, first + rows, end, p.width),
+                    s.logits);
+    for (int64_t t = 0; t < rows; ++t) {
+      s.sums[t] = softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
+    }
+    for (int64_t t = 0; t < rows; ++t) {
+      a.lse[first + t] = log_sum_exp(s.sums[t], s.logits + t * stride, a.beta, patterns);
+      a.steps_taken[first + t] = 1;
+    }
+    if (a.steps > 1) take_further_steps(a, s, rows, a.steps_taken + first);
+    multiply_to_storage(s.weights, stride, rows, p.packed, patterns, p.width,
+                        static_cast<S*>(a.out) + first * p.width);
   }
-  if (a.steps > 1) take_further_steps(a, s, rows, a.steps_taken + begin);
-  multiply_to_storage(s.weights, stride, rows, p.packed, patterns, p.width,
-                      static_cast<S*>(a.out) + begin * p.width);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -402,7 +463,7 @@ void step_back(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C>& s
 
 template <typename C, typename S>
 void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C>& s, int64_t first,
-                   int64_t rows, C* grad_patterns, C* grad_gram) {
+                   int64_t rows, int64_t end, C* grad_patterns, C* grad_gram) {
   const HopfieldPatterns<C>& p = a.patterns;
   const int64_t patterns = p.num_patterns, width = p.width;
   const int64_t stride = p.pattern_stride, width_stride = p.width_stride;
@@ -413,11 +474,13 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
 
   load_tile<C, S>(a.state, first, rows, width, s.state, width_stride);
   load_tile<C, S>(a.grad_out, first, rows, width, s.grad_out, width_stride);
-  multiply(s.state, width_stride, rows, p.transposed, width, patterns, s.product, stride);
+  multiply_states(p, s.state, rows, rows_behind<S>(a.state, first, first + rows, end, width),
+                  s.product);
   for (int64_t t = 0; t < rows; ++t) {
     softmax(s.product + t * stride, a.beta, patterns, s.checkpoints + t * stride);
   }
-  multiply(s.grad_out, width_stride, rows, p.transposed, width, patterns, s.grad_weights, stride);
+  multiply_states(p, s.grad_out, rows, rows_behind<S>(a.grad_out, first, first + rows, end, width),
+                  s.grad_weights);
 
   // Forward to the first step of the last segment; then segment by segment back. The segments meet:
   // each holds its first step and the a.segment steps after it.
@@ -462,7 +525,7 @@ void backward(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C>& s,
               int64_t end, C* grad_patterns, C* grad_gram) {
   for (int64_t first = begin; first < end; first += a.tile) {
     const int64_t rows = end - first < a.tile ? end - first : a.tile;
-    backward_tile<C, S>(a, s, first, rows, grad_patterns, grad_gram);
+    backward_tile<C, S>(a, s, first, rows, end, grad_patterns, grad_gram);
   }
 }
 

@@ -33,21 +33,30 @@ struct HopfieldForward {
   C beta;
   int64_t steps;
   C tol;
+  int64_t tile;          // tokens of a tile
   void* out;             // (T, E), in the storage type of the kernel
   int64_t* steps_taken;  // (T)
   C* lse;                // (T)
 };
 
+// The largest of a token's logits times beta, and the sum of exp(beta logits - maximum).
+template <typename C>
+struct SoftmaxSum {
+  C maximum;
+  C sum;
+};
+
 // Tiles of the tokens that are worked on, for each thread.
 template <typename C>
 struct HopfieldForwardScratch {
-  C* state;       // (tile, E)
-  C* moved;       // (tile, E): where a step leads to; used if steps > 1
-  C* weights;     // (tile, M)
-  C* logits;      // (tile, M)
-  C* change;      // (tile, M); used if steps > 1 and tol > 0
-  C* product;     // (tile, M); used if steps > 1 and tol > 0
-  bool* stopped;  // (tile)
+  C* state;             // (tile, E)
+  C* moved;             // (tile, E): where a step leads to; used if steps > 1
+  C* weights;           // (tile, M)
+  C* logits;            // (tile, M)
+  C* change;            // (tile, M); used if steps > 1 and tol > 0
+  C* product;           // (tile, M); used if steps > 1 and tol > 0
+  SoftmaxSum<C>* sums;  // (tile)
+  bool* stopped;        // (tile)
 };
 
 template <typename C>
@@ -89,7 +98,7 @@ struct HopfieldKernels {
   // whole vectors.
   void (*multiply)(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
                    int64_t columns, C* out, int64_t out_stride);
-  // The tokens [begin, end), at most a tile.
+  // The tokens [begin, end).
   void (*forward)(const HopfieldForward<C>&, const HopfieldForwardScratch<C>&, int64_t begin,
                   int64_t end);
   // The tokens [begin, end); adds their part to grad_patterns (M, E) and, with a Gram matrix, to
