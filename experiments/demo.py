@@ -2,7 +2,7 @@
 
     python experiments/demo.py
 
-Both get the same recipe, seed and data; nothing is downloaded. Under a minute on two cores.
+Both get the same recipe, seed and data; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -104,9 +104,12 @@ def draw(results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping
 def _draw_curves(axis: Axes, curves: Sequence[Sequence[Mapping[str, float]]], quantity: str, title: str) -> None:
     for model, colour, curve in zip(MODELS, COLOURS, curves, strict=True):
         epochs = [line["epoch"] for line in curve]
-        for split, style, width in (("validation", "-", 2.2), ("train", ":", 1.8)):
+        for split, label, style, width in (
+            ("validation", "validation", "-", 2.2),
+            ("train", "train, augmented", ":", 1.8),
+        ):
             values = [line[f"{split}_{quantity}"] for line in curve]
-            axis.plot(epochs, values, style, color=colour, lw=width, label=f"{model}, {split}")
+            axis.plot(epochs, values, style, color=colour, lw=width, label=f"{model}, {label}")
     axis.set_title(title, fontsize=11, color=INK)
     axis.set_xlabel("epoch", color=INK)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -10,21 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ait.ops._checks import op_error
+from ait.ops._checks import TOKEN_DTYPES, op_error
 
 
 def check_number(owner: str, name: str, value: Any, interval: str) -> float:
     """``value`` as a float inside ``interval``, which is written as in mathematics: ``"(0, 1]"``, ``"[0, inf)"``."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     expected = f"{name} to be a finite number in {interval}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise op_error(owner, expected, repr(value))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise op_error(owner, expected, "a number too large for a float") from None
+    if not math.isfinite(number):
+        raise op_error(owner, expected, repr(value))
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
         raise op_error(owner, expected, repr(value))
     return number
+
+
+def check_dtype(owner: str, dtype: Any) -> None:
+    """Checks that parameters can have ``dtype``; None is the default one."""
+    if dtype is not None and dtype not in TOKEN_DTYPES:
+        raise op_error(owner, "dtype float32, float64, bfloat16, float16 or None", repr(dtype))
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,14 @@ class Memory(nn.Module):
             return converted
 
         return super()._apply(at_least_float32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # With assign=True the tensor of the state dict itself would take the place of gamma.
+        name = f"{prefix}gamma"
+        gamma = state_dict.get(name)
+        if isinstance(gamma, Tensor) and gamma.is_floating_point() and gamma.dtype.itemsize < 4:
+            state_dict = {**state_dict, name: gamma.float()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         slots, width = self.gamma.shape

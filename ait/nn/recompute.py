@@ -6,6 +6,9 @@ up its own. Which one that is follows from the contents of the tokens, and among
 sequence numbers, which tell when the graph that is being walked was recorded. Contents are compared on the device:
 nothing waits for it.
 
+A recompute whose forward pass is no longer kept raises, and one whose tokens are those of no kept pass gets NaN: a
+gradient through another pass's memory would look right and be wrong.
+
 Compiled regions are left to the compiler: there is nothing of this in them.
 """
 
@@ -14,26 +17,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 RECORDS_KEPT = 64
-
-
-@dataclass(eq=False)
-class ForwardRecord:
-    """What one forward pass read, and in which mode it ran."""
-
-    stored: Tensor  # the slots (M, D), as stored before this pass
-    writes: bool
-    training: bool
-    shape: tuple[Any, ...]  # what must agree for a recompute of this pass
-    fingerprint: Tensor | None  # of the tokens, (E,); only where the pass wrote
-    sequence_number: int  # of the next node that autograd would record
-    grad_enabled: bool  # False in the first pass of reentrant checkpointing
-    balance_grad: Callable[[], Tensor | None]  # gradient that reached this pass's balance loss
+SAMPLED_TOKENS = 256
+# Differences of fingerprints, relative to the largest entry. Below the first they are the rounding of the sums; up to
+# the second, that of kernels which repeat a result in another order (half precision included), never other contents.
+EQUAL, SIMILAR = 1e-5, 1e-2
 
 
 class BalanceGradient:
@@ -49,6 +42,27 @@ class BalanceGradient:
         return self.value
 
 
+class ForwardPass(NamedTuple):
+    """What a forward pass reads, and in which mode it runs."""
+
+    stored: Tensor  # the slots (M, D), as stored before this pass
+    writes: bool
+    training: bool
+    grad_enabled: bool  # False in the first pass of reentrant checkpointing
+    balance_grad: BalanceGradient  # that reached this pass's balance loss
+    is_recompute: bool = False
+
+
+@dataclass(eq=False)
+class ForwardRecord:
+    """One forward pass, with all by which a recompute of it is known."""
+
+    forward_pass: ForwardPass
+    shape: tuple[Any, ...]
+    fingerprint: Tensor  # of the tokens, (E,)
+    sequence_number: int  # of the next node that autograd would record
+
+
 class _PassBalanceGradient(torch.autograd.Function):
     """Returns its input; in the backward pass, the balance loss gets the gradient that came for its forward pass.
 
@@ -58,7 +72,7 @@ class _PassBalanceGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, balance_grad: Callable[[], Tensor | None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, balance_grad: BalanceGradient) -> Tensor:
         ctx.balance_grad = balance_grad
         return output.view_as(output)
 
@@ -67,11 +81,11 @@ class _PassBalanceGradient(torch.autograd.Function):
         return grad_output, ctx.balance_grad(), None
 
 
-def pass_balance_gradient(output: Tensor, loss: Tensor, record: ForwardRecord) -> Tensor:
+def pass_balance_gradient(output: Tensor, loss: Tensor, repeated: ForwardPass) -> Tensor:
     """``output``, made to carry the gradient of ``loss`` where a reentrant recompute would lose it."""
-    if record.grad_enabled or not (torch.is_grad_enabled() and loss.requires_grad):
+    if repeated.grad_enabled or not (torch.is_grad_enabled() and loss.requires_grad):
         return output
-    return _PassBalanceGradient.apply(output, loss, record.balance_grad)
+    return _PassBalanceGradient.apply(output, loss, repeated.balance_grad)
 
 
 class ForwardRecords:
@@ -79,101 +93,127 @@ class ForwardRecords:
 
     def __init__(self) -> None:
         self.records: deque[ForwardRecord] = deque(maxlen=RECORDS_KEPT)
+        # Apart from the passes, which a recompute must not push out. A recompute within a recompute (nested
+        # checkpointing) finds its own outer one by its sequence number.
+        self.recomputes: deque[ForwardRecord] = deque(maxlen=RECORDS_KEPT)
+        self.last_dropped: int | None = None  # sequence number
 
-    def add(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None,
-        stored: Tensor,
-        *,
-        writes: bool,
-        training: bool,
-        balance_grad: Callable[[], Tensor | None],
-    ) -> None:
-        self.records.append(
-            ForwardRecord(
-                stored=stored,
-                writes=writes,
-                training=training,
-                shape=_shape(tokens, mask),
-                fingerprint=_fingerprint(tokens) if writes else None,
-                sequence_number=torch.autograd._get_sequence_nr(),
-                grad_enabled=torch.is_grad_enabled(),
-                balance_grad=balance_grad,
-            )
-        )
+    def add(self, tokens: Tensor, mask: Tensor | None, forward_pass: ForwardPass) -> None:
+        """Records a pass that is no recompute."""
+        if torch._C._current_graph_task_id() == -1:
+            self.recomputes.clear()
+        if len(self.records) == RECORDS_KEPT:
+            self.last_dropped = self.records[0].sequence_number
+        self.records.append(_record(forward_pass, _shape(tokens, mask), _fingerprint(tokens)))
 
-    def find(self, tokens: Tensor, mask: Tensor | None) -> ForwardRecord | None:
-        """The record of the forward pass that this one repeats; None where this one is no recompute."""
+    def find(self, tokens: Tensor, mask: Tensor | None) -> ForwardPass | None:
+        """The forward pass that this one repeats; None where this one is no recompute.
+
+        Raises:
+            RuntimeError: it repeats a forward pass that is no longer kept.
+        """
         if torch._C._current_graph_task_id() == -1:
             return None
+        current = torch._C._current_autograd_node()._sequence_nr()
+        records = sorted((*self.records, *self.recomputes), key=_distance_from(current))
+        if self._is_dropped(records, current):
+            raise RuntimeError(
+                f"GlobalWorkspace: expected at most {RECORDS_KEPT} forward passes of a layer between a checkpointed "
+                "forward pass and its backward pass, got more; what that pass read is no longer known"
+            )
         shape = _shape(tokens, mask)
-        candidates = [record for record in self.records if record.shape == shape]
+        candidates = [record for record in records if record.shape == shape]
         if not candidates:
             return None
-        candidates.sort(key=_distance_from(torch._C._current_autograd_node()._sequence_nr()))
-        best = candidates[0]
-        if not best.writes:
-            return best
-        return _choose([record for record in candidates if record.writes], _fingerprint(tokens))
+        fingerprint = _fingerprint(tokens)
+        found = _choose(candidates, fingerprint)
+        self.recomputes.append(_record(found._replace(grad_enabled=torch.is_grad_enabled()), shape, fingerprint))
+        return found
+
+    def _is_dropped(self, records: list[ForwardRecord], current: int) -> bool:
+        """Whether the pass that is repeated was pushed out; passes leave in the order in which they came."""
+        if self.last_dropped is None:
+            return False
+        if _recomputes_by_hooks():
+            return not any(_is_possible(record, current) for record in records)
+        return self.last_dropped > current
 
     def __reduce__(self) -> tuple[type[ForwardRecords], tuple[()]]:
         return ForwardRecords, ()
 
 
+def _record(forward_pass: ForwardPass, shape: tuple[Any, ...], fingerprint: Tensor) -> ForwardRecord:
+    return ForwardRecord(forward_pass, shape, fingerprint, torch.autograd._get_sequence_nr())
+
+
 def _shape(tokens: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """What must agree between a forward pass and its recompute."""
     return tokens.shape, tokens.dtype, tokens.device, mask is None
 
 
 def _fingerprint(tokens: Tensor) -> Tensor:
-    """Sum of the tokens ``(T, E) -> (E,)``; no norm or mean of a token, which a LayerNorm would make all alike."""
+    """Weighted sum of a sample of the tokens, ``(T, E) -> (E,)``; a sample, since every training pass pays for it.
+
+    The weights tell positions apart and sum to about 0, so that what all tokens share does not drown the rest. There
+    is no norm or mean of a token in it, which a LayerNorm would make all alike.
+    """
+    num_tokens = tokens.shape[0]
+    # Odd, so that images of 2^n tokens are not sampled at the same few positions.
+    stride = -(-num_tokens // SAMPLED_TOKENS) | 1
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    return tokens.detach().sum(0, dtype=dtype)
+    # A NaN would be unlike itself; the rest of such a batch may well be used.
+    sample = torch.nan_to_num(tokens.detach()[::stride].to(dtype), nan=0.0, posinf=0.0, neginf=0.0)
+    weights = torch.arange(sample.shape[0], dtype=dtype, device=tokens.device).cos_()
+    return weights @ sample
+
+
+def _recomputes_by_hooks() -> bool:
+    """Whether this is checkpointing without reentrance: it packs what the recompute saves, with hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _is_possible(record: ForwardRecord, current: int) -> bool:
+    """Whether a recompute at node ``current`` of the graph can be one of ``record``.
+
+    Checkpointing without reentrance recomputes when a tensor saved in the region is unpacked, so that node was
+    recorded after the layer began, in the grad mode of now. The node of reentrant checkpointing was made before its
+    region ran, without autograd.
+    """
+    by_hooks = _recomputes_by_hooks()
+    grad_enabled = torch.is_grad_enabled() if by_hooks else False
+    began_before = record.sequence_number <= current
+    return began_before == by_hooks and record.forward_pass.grad_enabled == grad_enabled
 
 
 def _distance_from(current: int) -> Callable[[ForwardRecord], tuple[bool, int]]:
-    """Sort key: how far a record lies from the node of the graph that autograd is at, impossible ones last.
-
-    Checkpointing without reentrance recomputes when a tensor saved in the region is unpacked, so that node was
-    recorded after the layer began, in the grad mode of now; and it packs what the recompute saves, with hooks. The
-    node of reentrant checkpointing was made before its region ran, without autograd.
-    """
-    by_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    grad_enabled = torch.is_grad_enabled() if by_hooks else False
-
-    def key(record: ForwardRecord) -> tuple[bool, int]:
-        began_before = record.sequence_number <= current
-        possible = began_before == by_hooks and record.grad_enabled == grad_enabled
-        return not possible, abs(record.sequence_number - current)
-
-    return key
+    """Sort key: how far a record lies from node ``current`` of the graph, impossible ones last."""
+    return lambda record: (not _is_possible(record, current), abs(record.sequence_number - current))
 
 
-def _choose(candidates: list[ForwardRecord], fingerprint: Tensor) -> ForwardRecord:
-    """The first candidate with this fingerprint, or the first of all where none has it (or it holds a NaN)."""
-    best = candidates[0]
-    if len(candidates) == 1:
-        return best
-    known = torch.stack([record.fingerprint for record in candidates if record.fingerprint is not None])
-    matches = (known == fingerprint).all(-1)
-    rank = torch.arange(len(candidates), 0, -1, device=fingerprint.device)
-    chosen = torch.argmax(matches * rank).view(1)
+def _choose(candidates: list[ForwardRecord], fingerprint: Tensor) -> ForwardPass:
+    """The pass with the tokens of this one, the first of them if there are several; its slots are NaN if none is."""
+    best = candidates[0].forward_pass
+    mode = best.writes, best.training
+    candidates = [c for c in candidates if (c.forward_pass.writes, c.forward_pass.training) == mode]
+    passes = [candidate.forward_pass for candidate in candidates]
+    known = torch.stack([candidate.fingerprint for candidate in candidates])
+    distance = (known - fingerprint).abs().amax(-1)
+    scale = fingerprint.abs().amax()
+    distance = distance.masked_fill(distance <= EQUAL * scale, 0)
+    chosen = torch.argmin(distance).view(1)
+    stored = torch.stack([p.stored for p in passes]).index_select(0, chosen).squeeze(0)
+    similar = distance.index_select(0, chosen) <= SIMILAR * scale
 
-    def balance_grad() -> Tensor | None:
-        grads = [record.balance_grad() for record in candidates]
-        present = next((grad for grad in grads if grad is not None), None)
-        if present is None:
-            return None
+    # By the time of a recompute the gradients of the balance losses have come; asking later would go through all
+    # recomputes before this one, over and over.
+    grads = [p.balance_grad() for p in passes]
+    present = next((grad for grad in grads if grad is not None), None)
+    balance_grad = BalanceGradient()
+    if present is not None:
         filled = torch.stack([torch.zeros_like(present) if grad is None else grad for grad in grads])
-        return filled.index_select(0, chosen).squeeze(0)
-
-    return ForwardRecord(
-        stored=torch.stack([record.stored for record in candidates]).index_select(0, chosen).squeeze(0),
-        writes=best.writes,
-        training=best.training,
-        shape=best.shape,
-        fingerprint=fingerprint,
-        sequence_number=best.sequence_number,
-        grad_enabled=best.grad_enabled,
+        balance_grad.receive(filled.index_select(0, chosen).squeeze(0))
+    return best._replace(
+        stored=torch.where(similar, stored, torch.nan),
         balance_grad=balance_grad,
+        is_recompute=True,
     )

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ait.nn._validate import check_choice, check_input, check_number, check_padding_mask
+from ait.nn._validate import check_choice, check_dtype, check_input, check_number, check_padding_mask
 from ait.nn.balance import KeptLoss, importance_and_load, squared_variation
 from ait.nn.memory import MEMORIES, Memory
 from ait.nn.readers import AttentionReader, HopfieldReader
-from ait.nn.recompute import BalanceGradient, ForwardRecords, pass_balance_gradient
+from ait.nn.recompute import BalanceGradient, ForwardPass, ForwardRecords, pass_balance_gradient
 from ait.nn.writer import BottleneckWriter
-from ait.ops._checks import check_positive_int, op_error
+from ait.ops._checks import check_positive_int, is_positive_in, op_error
 from ait.ops.hopfield_retrieve import MAX_STEPS
 
 DEFAULT_TOP_K_RATIO = 1 / 64
@@ -44,8 +43,12 @@ class GlobalWorkspace(nn.Module):
     In training, each forward pass changes the memory, in place and outside autograd. A batch that would make it
     non-finite leaves it as it was and is counted in ``memory.skipped_updates``. The balance loss of the last forward
     pass is kept for :func:`ait.balance_loss`. The memory and the algebra on it run in float32 (float64 in a float64
-    module), with autocast off. Under eager activation checkpointing a recompute reads what its own forward pass read,
-    and writes nothing.
+    module), with autocast off.
+
+    Under eager activation checkpointing a recompute reads what its own forward pass read, and writes nothing. For that
+    the layer keeps what its last 64 forward passes read (``ait.nn.recompute.RECORDS_KEPT``). A backward pass through a
+    checkpointed pass that lies further back raises a RuntimeError; a recompute that does not repeat its tokens
+    (checkpointing with ``preserve_rng_state=False`` and a dropout before the layer) gets gradients that are NaN.
 
     Args:
         dim: token width ``E``.
@@ -71,7 +74,7 @@ class GlobalWorkspace(nn.Module):
             :func:`ait.ops.bottleneck_select`.
         generator: source of the initial memory; the global one by default.
         device: device of parameters and buffers.
-        dtype: dtype of the parameters; the memory has float32 at least.
+        dtype: dtype of the parameters, float32, float64, bfloat16 or float16; the memory has float32 at least.
 
     Raises:
         ValueError: an argument is not as above.
@@ -104,18 +107,21 @@ class GlobalWorkspace(nn.Module):
     ) -> None:
         super().__init__()
         name = "GlobalWorkspace"
-        for argument, value in dict(dim=dim, num_slots=num_slots, slot_dim=slot_dim, num_heads=num_heads).items():
-            check_positive_int(name, argument, value)
+        check_dtype(name, dtype)
+        dim = check_positive_int(name, "dim", dim)
+        num_slots = check_positive_int(name, "num_slots", num_slots)
+        slot_dim = check_positive_int(name, "slot_dim", slot_dim)
+        num_heads = check_positive_int(name, "num_heads", num_heads)
         if top_k is not None and top_k_ratio is not None:
             raise op_error(name, "top_k or top_k_ratio, not both", f"top_k={top_k}, top_k_ratio={top_k_ratio}")
         if top_k is not None:
-            check_positive_int(name, "top_k", top_k)
+            top_k = check_positive_int(name, "top_k", top_k)
         else:
             top_k_ratio = DEFAULT_TOP_K_RATIO if top_k_ratio is None else top_k_ratio
             top_k_ratio = check_number(name, "top_k_ratio", top_k_ratio, "(0, 1]")
         check_choice(name, "memory", memory, MEMORIES)
         check_choice(name, "reader", reader, READERS)
-        check_positive_int(name, "steps", steps)
+        steps = check_positive_int(name, "steps", steps)
         if steps > MAX_STEPS:
             raise op_error(name, f"steps of at most {MAX_STEPS}", steps)
         if selection_dtype not in SELECTION_DTYPES:
@@ -129,6 +135,9 @@ class GlobalWorkspace(nn.Module):
         self.alpha = check_number(name, "alpha", alpha, "(0, 1]")
         self.balance_weight = check_number(name, "balance_weight", balance_weight, "[0, inf)")
         beta = check_number(name, "beta", beta, "(0, inf)")
+        memory_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+        if not is_positive_in(memory_dtype, beta):
+            raise op_error(name, f"beta to be a finite number in (0, inf) as {memory_dtype}", beta)
         tol = check_number(name, "tol", tol, "[0, inf)")
         write_dropout = check_number(name, "write_dropout", write_dropout, "[0, 1)")
         self.frozen = False
@@ -228,41 +237,50 @@ class GlobalWorkspace(nn.Module):
 
     def _write_and_read(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retrieved tokens ``(T, E)`` and the balance loss."""
-        recorded = self.writer is not None and not torch.compiler.is_compiling()
-        replayed = self._records.find(tokens, mask) if recorded else None
-        own_balance_grad = BalanceGradient()
-        balance_grad: Callable[[], Tensor | None]
-        if replayed is None:
-            stored, balance_grad = self.memory.snapshot(), own_balance_grad
-            training, writes = self.training, self._writes(tokens.shape[0])
-        else:
-            stored, balance_grad = replayed.stored, replayed.balance_grad
-            training, writes = replayed.training, replayed.writes
-        if recorded:
-            self._records.add(tokens, mask, stored, writes=writes, training=training, balance_grad=balance_grad)
-
-        memory = self.memory.as_read(stored)
-        if not writes:
-            loss = memory.new_zeros(())
-        else:
-            mixed, loss = self._mix(memory, tokens, mask, training)
+        this = self._begin(tokens, mask)
+        memory = self.memory.as_read(this.stored)
+        loss = memory.new_zeros(())
+        if this.writes:
+            mixed, loss = self._mix(memory, tokens, mask, this.training)
             updated, finite = self.memory.normalize(mixed)
             accepted = finite if mask is None else finite & ~mask.all()
             memory = torch.where(accepted, updated, memory)
-            if replayed is None:
+            if not this.is_recompute:
                 self.memory.store(memory, accepted, finite)
         retrieved = self.reader(tokens, memory)
-        if replayed is not None:
-            return pass_balance_gradient(retrieved, loss, replayed), loss
-        kept = loss
-        balances = writes and training and self.balance_weight > 0
-        if recorded and balances and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
-            # Perhaps the first pass of reentrant checkpointing, whose recompute will ask for this gradient.
-            kept = loss.detach().clone().requires_grad_()
-            kept.register_hook(own_balance_grad.receive)
-        if not torch.compiler.is_exporting():
-            self._kept_loss.keep(kept)
+        if this.is_recompute:
+            return pass_balance_gradient(retrieved, loss, this), loss
+        self._keep(loss, this)
         return retrieved, loss
+
+    def _begin(self, tokens: Tensor, mask: Tensor | None) -> ForwardPass:
+        """What this pass reads: the memory as it is now, or, in a recompute, what its forward pass read."""
+        recorded = self.writer is not None and not torch.compiler.is_compiling()
+        repeated = self._records.find(tokens, mask) if recorded else None
+        if repeated is not None:
+            return repeated
+        this = ForwardPass(
+            stored=self.memory.snapshot(),
+            writes=self._writes(tokens.shape[0]),
+            training=self.training,
+            grad_enabled=torch.is_grad_enabled(),
+            balance_grad=BalanceGradient(),
+        )
+        if recorded:
+            self._records.add(tokens, mask, this)
+        return this
+
+    def _keep(self, loss: Tensor, this: ForwardPass) -> None:
+        """Keeps the balance loss for :func:`ait.balance_loss`."""
+        if torch.compiler.is_exporting():
+            return
+        balances = this.writes and this.training and self.balance_weight > 0
+        without_grad = not (torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+        if balances and without_grad and not torch.compiler.is_compiling():
+            # Perhaps the first pass of reentrant checkpointing, whose recompute will ask for this gradient.
+            loss = loss.detach().clone().requires_grad_()
+            loss.register_hook(this.balance_grad.receive)
+        self._kept_loss.keep(loss)
 
     def _writes(self, num_tokens: int) -> bool:
         moves = self.training or self.semantics == "released"
@@ -341,9 +359,10 @@ class GlobalWorkspaceLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("GlobalWorkspaceLayer", "dim", dim)
-        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
-        check_positive_int("GlobalWorkspaceLayer", "hidden_dim", hidden_dim)
+        name = "GlobalWorkspaceLayer"
+        check_dtype(name, dtype)
+        dim = check_positive_int(name, "dim", dim)
+        hidden_dim = check_positive_int(name, "hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.dim = dim
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)

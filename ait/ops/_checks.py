@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -50,11 +51,18 @@ def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
         raise op_error(name, f"mask on the device of tokens, {tokens.device}", mask.device)
 
 
-def check_positive_int(name: str, argument: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+def check_positive_int(name: str, argument: str, value: Any) -> int:
+    """``value`` as an int (symbolic ones as they are), be it Python's or NumPy's."""
+    if not isinstance(value, (numbers.Integral, torch.SymInt)) or isinstance(value, bool):
         raise op_error(name, f"{argument} to be an integer", f"{value!r}")
     if value < 1:
         raise op_error(name, f"{argument} >= 1", value)
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def is_positive_in(dtype: torch.dtype, value: float) -> bool:
+    """Whether ``value`` neither overflows nor vanishes in ``dtype``."""
+    return torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max
 
 
 def no_double_backward(name: str) -> Callable[..., NoReturn]:

@@ -53,7 +53,7 @@ def bottleneck_select(
     ):
         raise op_error(name, f"tokens of shape (T, {groups}, {width}), G and d as in query", shape)
     check_tokens(name, query=query, tokens=tokens)
-    check_positive_int(name, "k", k)
+    k = check_positive_int(name, "k", k)
     if mask is not None:
         check_mask(name, mask, tokens)
     if selection_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import check_positive_int, check_tensors, check_tokens, no_double_backward, op_error
+from ait.ops._checks import check_positive_int, check_tensors, check_tokens, is_positive_in, no_double_backward, op_error
 from ait.ops._library import register_reference
 
 MAX_STEPS = 10_000
@@ -26,7 +26,7 @@ def hopfield_retrieve(
     Args:
         state: ``(T, E)``; float32, float64, bfloat16 or float16.
         patterns: ``(M, E)``, ``M >= 1``; float32, or the dtype of ``state``.
-        beta: inverse temperature, finite and positive.
+        beta: inverse temperature, finite and positive in float32 (float64 for a float64 state).
         steps: the most update steps, from 1 to 10,000.
         tol: a token stops after the first step that changes it by less than ``tol`` in L2 norm (in the units
             of ``state``); 0 never stops.
@@ -47,7 +47,7 @@ def hopfield_retrieve(
     if state.dim() != 2:
         raise op_error(name, "state of shape (T, E)", tuple(state.shape))
     _check_patterns(name, state, patterns, beta)
-    check_positive_int(name, "steps", steps)
+    steps = check_positive_int(name, "steps", steps)
     if steps > MAX_STEPS:
         raise op_error(name, f"steps of at most {MAX_STEPS}", steps)
     if not 0 <= tol < math.inf:
@@ -64,7 +64,7 @@ def hopfield_energy(state: Tensor, patterns: Tensor, beta: float = 1.0) -> Tenso
     Args:
         state: ``(..., E)``.
         patterns: ``(M, E)``, ``M >= 1``.
-        beta: inverse temperature, finite and positive.
+        beta: inverse temperature, finite and positive in float32 (float64 for a float64 state).
 
     Returns:
         ``(...)``, float32 (float64 for a float64 state).
@@ -87,8 +87,9 @@ def _check_patterns(name: str, state: Tensor, patterns: Tensor, beta: float) -> 
         expected = f"patterns of shape (M, {state.shape[-1] if state.dim() else 'E'}), M >= 1 and E as in state"
         raise op_error(name, expected, tuple(patterns.shape))
     check_tokens(name, patterns=patterns, state=state)
-    if not 0 < beta < math.inf:
-        raise op_error(name, "a finite beta > 0", beta)
+    dtype = reference.accumulate_dtype(state.dtype)
+    if not is_positive_in(dtype, beta):
+        raise op_error(name, f"a finite beta > 0 in {dtype}", beta)
 
 
 register_reference("hopfield_retrieve", reference.hopfield_retrieve)

@@ -84,7 +84,7 @@ def test_freeze_wants_a_bool(frozen: object) -> None:
         ait.freeze_memory(make_layer(), frozen)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", [1.5, "0", True, [1]])
+@pytest.mark.parametrize("seed", [1.5, "0", True, [1], 2**64, -(2**63) - 1])
 def test_reset_wants_an_integer_a_generator_or_none(seed: object) -> None:
     layer = make_layer()
     before = layer.workspace.memory.gamma.clone()

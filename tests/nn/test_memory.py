@@ -104,6 +104,19 @@ def test_half_precision_checkpoint_loads_into_float32_memory() -> None:
     assert layer.workspace.memory.gamma.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["ewma", "learned", "fixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_memory_has_float32_where_a_half_precision_checkpoint_is_assigned(kind: str, dtype: torch.dtype) -> None:
+    layer = make_layer(memory=kind)
+    state = layer.state_dict()
+    given = {name: value.to(dtype) if name.endswith("gamma") else value for name, value in state.items()}
+    layer.load_state_dict(given, assign=True)
+    assert layer.workspace.memory.gamma.dtype == torch.float32
+    assert isinstance(layer.workspace.memory.gamma, torch.nn.Parameter) == (kind == "learned")
+    assert given["workspace.memory.gamma"].dtype == dtype
+    layer(torch.randn(3, 5, 16)).sum().backward()
+
+
 def test_update_is_in_place_and_outside_autograd() -> None:
     layer = make_layer()
     gamma = layer.workspace.memory.gamma

@@ -138,6 +138,78 @@ def test_checkpointing_over_many_steps_changes_nothing(run: Run) -> None:
         assert_close(value, other, name, dtype=torch.float64)
 
 
+def many_passes(run: Run, model: Model, batches: list[Tensor]) -> list[Tensor]:
+    """As many passes as ``batches`` before one backward pass; the gradient of each batch."""
+    batches = [batch.clone().requires_grad_() for batch in batches]
+    sum(weigh(run(model, batch)) for batch in batches).backward()
+    return [batch.grad for batch in batches]
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant, nested, nested_reentrant])
+@pytest.mark.parametrize("equal", [False, True])
+def test_as_many_passes_as_are_kept_before_one_backward_pass_get_their_own_gradients(run: Run, equal: bool) -> None:
+    torch.manual_seed(2)
+    batches = [torch.randn(3, 5, 16, dtype=torch.float64) for _ in range(1 if equal else RECORDS_KEPT)]
+    batches = batches * RECORDS_KEPT if equal else batches
+    model, twin = Model("block"), Model("block")
+    torch.manual_seed(3)
+    expected = many_passes(plain, twin, batches)
+    torch.manual_seed(3)
+    for i, grad in enumerate(many_passes(run, model, batches)):
+        assert_close(grad, expected[i], f"gradient of batch {i}", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant, nested, nested_reentrant])
+@pytest.mark.parametrize("equal", [False, True])
+def test_more_passes_than_are_kept_before_one_backward_pass_raise(run: Run, equal: bool) -> None:
+    torch.manual_seed(2)
+    batches = [torch.randn(3, 5, 16, dtype=torch.float64) for _ in range(RECORDS_KEPT + 1)]
+    batches = batches[:1] * len(batches) if equal else batches
+    with pytest.raises(RuntimeError, match="expected at most 64 forward passes of a layer between"):
+        many_passes(run, Model("block"), batches)
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
+def test_passes_in_eval_count_among_those_kept(run: Run) -> None:
+    for passes in (RECORDS_KEPT - 1, RECORDS_KEPT):
+        model, x = Model("block"), two_batches(False)[0].requires_grad_()
+        output = run(model, x)
+        model.eval()
+        with torch.no_grad():
+            for _ in range(passes):
+                model(x)
+        model.train()
+        if passes < RECORDS_KEPT:
+            weigh(output).backward()
+            assert x.grad is not None and x.grad.isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match="expected at most 64 forward passes"):
+                weigh(output).backward()
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
+def test_training_longer_than_the_records_reach_is_no_error(run: Run) -> None:
+    model = Model("block")
+    for _ in range(RECORDS_KEPT + 10):
+        x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+        weigh(run(model, x)).backward()
+        assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_recompute_of_other_tokens_gets_nan_instead_of_another_passs_memory(reentrant: bool, passes: int) -> None:
+    model = Model("block")
+    xs = [torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
+    others = iter([*[0.0] * passes, *[1.0] * passes])
+
+    def unsteady(x: Tensor) -> Tensor:
+        return model(x + next(others) * torch.randn_like(x))
+
+    sum(weigh(checkpoint(unsteady, x, use_reentrant=reentrant)) for x in xs).backward()
+    assert all(x.grad is not None and x.grad.isnan().any() for x in xs)
+
+
 @pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
 def test_a_layer_that_does_not_write_reads_what_it_had_read(run: Run) -> None:
     """Eval or frozen when the pass ran, and the memory moved before the backward pass."""
@@ -228,7 +300,7 @@ def test_records_are_few_small_and_no_part_of_copies_and_pickles() -> None:
     records = layer.workspace._records.records
     assert len(records) == RECORDS_KEPT
     for record in records:
-        tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
+        tensors = [record.fingerprint, record.forward_pass.stored]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= 4 * (5 * 8 + 16)
         assert not any(t.requires_grad for t in tensors)
     assert not copy.deepcopy(layer).workspace._records.records

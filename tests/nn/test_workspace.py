@@ -381,8 +381,10 @@ BAD_ARGUMENTS = [
     (dict(memory=None), "memory to be one of"),
     (dict(semantics="paper"), "semantics to be one of 'differentiable', 'released'"),
     (dict(reader="hop"), "reader to be one of 'hopfield', 'attention'"),
-    *[(dict(alpha=v), "alpha to be a finite number in (0, 1]") for v in (0.0, 1.5, np.nan, None, True)],
+    *[(dict(alpha=v), "alpha to be a finite number in (0, 1]") for v in (0.0, 1.5, np.nan, None, True, 10**5000)],
     *[(dict(beta=v), "beta to be a finite number in (0, inf)") for v in (0.0, -1, np.inf, np.nan)],
+    *[(dict(beta=v), "beta to be a finite number in (0, inf) as torch.float32") for v in (1e300, 1e-300)],
+    *[(dict(dtype=v), "dtype float32") for v in (torch.complex64, torch.int64, torch.float8_e4m3fn, "float32")],
     (dict(steps=0), "steps >= 1"),
     (dict(steps=10_001), "steps of at most 10000"),
     (dict(steps=2.0), "steps to be an integer"),
@@ -405,6 +407,13 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(arguments:
 def test_numpy_numbers_are_welcome() -> None:
     layer = ait.GlobalWorkspaceLayer(16, **SIZES, top_k_ratio=np.float32(0.5), alpha=np.float64(0.2), beta=2)
     assert type(layer.workspace.alpha) is float and type(layer.workspace.top_k_ratio) is float
+    layer = ait.GlobalWorkspaceLayer(np.int64(16), top_k=np.int64(4), num_slots=np.int32(5), steps=np.uint8(2))
+    assert type(layer.workspace.top_k) is int
+    layer(torch.randn(3, 5, 16)).sum().backward()
+
+
+def test_a_double_layer_takes_a_beta_that_float32_cannot_hold() -> None:
+    assert ait.GlobalWorkspaceLayer(16, beta=1e300, dtype=torch.float64).workspace.reader.beta == 1e300
 
 
 def test_everything_after_dim_is_keyword_only() -> None:

@@ -12,6 +12,7 @@ import ait
 from tests.nn.test_workspace import make_layer, weigh
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "arguments",

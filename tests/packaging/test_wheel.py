@@ -41,7 +41,14 @@ def test_sdist_and_wheel_hold_what_they_should(dist_dir: Path, wheel: Path) -> N
     (sdist,) = dist_dir.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         sources = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/schemas.cpp", "csrc/common/simd.h", "csrc/module.cpp", "csrc/exports.map", "LICENSE", "setup.py"} <= sources
+    assert {
+        "csrc/schemas.cpp",
+        "csrc/common/simd.h",
+        "csrc/module.cpp",
+        "csrc/exports.map",
+        "LICENSE",
+        "setup.py",
+    } <= sources
     assert not [name for name in sources if name.endswith(".so")]
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
