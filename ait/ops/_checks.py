@@ -57,7 +57,7 @@ def check_positive_int(name: str, argument: str, value: Any) -> int:
         raise op_error(name, f"{argument} to be an integer", f"{value!r}")
     if value < 1:
         raise op_error(name, f"{argument} >= 1", value)
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 def is_positive_in(dtype: torch.dtype, value: float) -> bool:

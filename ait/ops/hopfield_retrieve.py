@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import check_positive_int, check_tensors, check_tokens, is_positive_in, no_double_backward, op_error
+from ait.ops._checks import (
+    check_positive_int,
+    check_tensors,
+    check_tokens,
+    is_positive_in,
+    no_double_backward,
+    op_error,
+)
 from ait.ops._library import register_reference
 
 MAX_STEPS = 10_000
