@@ -110,7 +110,7 @@ def reset_memory(model: nn.Module, seed: int | torch.Generator | None = None) ->
         generator = seed
     elif isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"reset_memory: expected seed to be an int of 64 bits, got one of {int(seed).bit_length()}")
+            raise ValueError(f"reset_memory: expected seed to be an int of 64 bits, got {int(seed):#x}")
         generator = torch.Generator().manual_seed(int(seed))
     else:
         raise ValueError(f"reset_memory: expected seed to be an int, a torch.Generator or None, got {seed!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def check_positive_int(name: str, argument: str, value: Any) -> int:
         raise op_error(name, f"{argument} to be an integer", f"{value!r}")
     if value < 1:
         raise op_error(name, f"{argument} >= 1", value)
-    return int(value) if isinstance(value, numbers.Integral) else value
+    return int(value) if isinstance(value, numbers.Integral) else cast(int, value)
 
 
 def is_positive_in(dtype: torch.dtype, value: float) -> bool:

@@ -14,6 +14,7 @@ from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.mark.parametrize(
     "arguments",
     [dict(top_k=None, top_k_ratio=0.3), dict(semantics="released", num_slots=21)],
