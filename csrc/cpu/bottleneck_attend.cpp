@@ -43,7 +43,7 @@ int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // How many of `n` pieces of `work` multiply-adds each a thread should take at least.
 int64_t grain(double work) {
-  return std::max(int64_t(double(kMinWorkPerThread) / work), int64_t{1});
+  return std::max(int64_t(double(kMinWorkPerThread) / std::max(work, 1.0)), int64_t{1});
 }
 
 void check_inputs(const Tensor& query, const Tensor& tokens, const Tensor& indices) {
