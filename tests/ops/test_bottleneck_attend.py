@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -399,12 +398,11 @@ def test_tensors_without_dense_memory_are_errors_or_meta_results() -> None:
     query, tokens, indices = sample_inputs((3, 5, 20, 8))
     result = torch.ops.ait.bottleneck_attend(query.to("meta"), tokens.to("meta"), indices.to("meta"))
     assert [x.device.type for x in result] == ["meta"] * 3
-    for position, change in ((p, c) for p in range(3) for c in (torch.Tensor.to_sparse, lambda x: x.to("meta"))):
-        odd = [query, tokens, indices]
-        odd[position] = change(odd[position])
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            pooled, _, _ = torch.ops.ait.bottleneck_attend(*odd)
-            assert pooled.shape == query.shape
+    for position in range(3):
+        sparse = [query, tokens, indices]
+        sparse[position] = sparse[position].to_sparse()
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.ops.ait.bottleneck_attend(*sparse)
 
 
 @needs_kernels

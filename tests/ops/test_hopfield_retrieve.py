@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 
@@ -470,10 +469,11 @@ def test_tensors_without_dense_memory_are_errors_or_meta_results() -> None:
     state, patterns = sample_inputs((5, 3, 8))
     result = torch.ops.ait.hopfield_retrieve(state.to("meta"), patterns.to("meta"), 1.0, 1, 0.0)
     assert [x.device.type for x in result] == ["meta"] * 3
-    for odd in ((state.to_sparse(), patterns), (state, patterns.to_sparse()), (state.to("meta"), patterns)):
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            out, _, _ = torch.ops.ait.hopfield_retrieve(*odd, 1.0, 1, 0.0)
-            assert out.shape == state.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ops.ait.hopfield_retrieve(state.to_sparse(), patterns, 1.0, 1, 0.0)
+    # The reference operator takes over, and plain PyTorch can multiply by a sparse matrix.
+    out = torch.ops.ait.hopfield_retrieve(state, patterns.to_sparse(), 1.0, 1, 0.0)[0]
+    torch.testing.assert_close(out, torch.ops.ait.hopfield_retrieve(state, patterns, 1.0, 1, 0.0)[0])
 
 
 @needs_kernels
