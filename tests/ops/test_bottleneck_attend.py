@@ -100,6 +100,16 @@ def test_the_memory_layout_changes_no_bit(dtype: torch.dtype, layout: str) -> No
             assert_same_bits(value, expected[name], f"{name}, {shape}")
 
 
+def test_many_rows_may_list_the_same_tokens() -> None:
+    # More entries for a range of tokens than a thread's scratch memory holds at once.
+    query, tokens, _ = sample_inputs((4000, 1, 70, 9), torch.float64)
+    indices = torch.arange(64) + torch.arange(4000)[:, None] % 40
+    indices[indices >= 64] = -1
+    actual, expected = (run(query, tokens, indices) for run in (run_with_gradients, reference_with_gradients))
+    for name, value in actual.items():
+        assert_close(value, expected[name], name)
+
+
 def test_every_output_is_written_even_where_nothing_is_listed() -> None:
     query, tokens, _ = sample_inputs((4, 6, 50, 24))
     indices = torch.full((4, 6), -1)
