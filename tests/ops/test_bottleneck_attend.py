@@ -226,9 +226,6 @@ def test_double_backward_is_an_error() -> None:
         grad.sum().backward()
 
 
-# ---- Special values -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 1500])
 def test_nan_and_infinite_logits_are_treated_as_by_softmax_and_logsumexp(length: int, dtype: torch.dtype) -> None:
@@ -313,9 +310,6 @@ def test_signed_zeros_in_the_inputs_change_nothing() -> None:
     minus = ait.ops.bottleneck_attend(query, tokens, indices)
     for a, b in zip(plus, minus, strict=True):
         assert torch.equal(a, b)
-
-
-# ---- Abuse ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

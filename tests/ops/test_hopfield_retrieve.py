@@ -175,9 +175,6 @@ def test_compiled_equals_eager_with_dynamic_sizes() -> None:
             assert_close(other, eager, dtype=torch.float32)
 
 
-# ---- Steps, stopping, energy ----------------------------------------------------------------------------------------
-
-
 def test_one_step_is_attention_over_the_patterns() -> None:
     state, patterns = sample_inputs((50, 8, 24), torch.float64)
     out, steps_taken, lse = ait.ops.hopfield_retrieve(state, patterns, 0.9)
@@ -258,9 +255,6 @@ def test_the_update_is_the_energys_gradient_step() -> None:
     assert_close(out, state - gradient)
 
 
-# ---- Independence, determinism --------------------------------------------------------------------------------------
-
-
 @needs_kernels  # library products depend on shapes and strides
 @pytest.mark.parametrize(("steps", "tol"), STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -332,9 +326,6 @@ def test_double_backward_is_an_error() -> None:
         grad.sum().backward()
 
 
-# ---- Special values -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("patterns", [1, 5, 16, 33])
 def test_nan_and_infinite_logits_are_treated_as_by_softmax_and_logsumexp(patterns: int) -> None:
     # Width 1 and positive patterns: the logits have the sign of the state.
@@ -362,9 +353,6 @@ def test_huge_inverse_temperature_picks_the_nearest_pattern() -> None:
     state, patterns = sample_inputs((40, 6, 8))
     out, _, _ = ait.ops.hopfield_retrieve(state, patterns, 1e6)
     assert_close(out, patterns[(state @ patterns.T).argmax(-1)])
-
-
-# ---- Abuse ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

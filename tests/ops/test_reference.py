@@ -36,9 +36,6 @@ def assert_equal(actual: Tensor, expected: list) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-12)
 
 
-# ---- bottleneck_select ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("k", [1, 3, 11, 50])
 @pytest.mark.parametrize("masked", [False, True])
 def test_select_keeps_the_first_k_of_a_stable_descending_sort(k: int, masked: bool) -> None:
@@ -74,9 +71,6 @@ def test_select_rounds_both_operands_to_the_selection_dtype() -> None:
     assert indices.item() == 0 and values.item() == 1.0
     _, indices = reference.bottleneck_select(query, tokens, 1)
     assert indices.item() == 1
-
-
-# ---- bottleneck_attend ----------------------------------------------------------------------------------------------
 
 
 def test_attend_is_softmax_attention_over_the_listed_tokens() -> None:
@@ -118,9 +112,6 @@ def test_attend_over_all_tokens_is_dense_attention() -> None:
     torch.testing.assert_close(pooled, torch.softmax(query @ tokens.T, -1) @ tokens)
 
 
-# ---- hopfield_retrieve ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("steps", "tol"), [(1, 0.0), (4, 0.0), (8, 0.2)])
 def test_retrieve_iterates_softmax_attention_over_the_patterns(steps: int, tol: float) -> None:
     state, patterns, beta = randn(12, 5), randn(4, 5, seed=1), 0.8
@@ -149,9 +140,6 @@ def test_retrieve_backward_is_the_gradient_through_the_steps_taken(steps: int, t
     actual = reference.hopfield_retrieve_backward(grad_out, state.detach(), patterns.detach(), steps_taken, 0.8, steps)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
-
-
-# ---- dtypes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,327 @@
+// Building blocks of hopfield_retrieve's loops: packing, products of a tile of tokens with a packed
+// matrix, and the softmax of a row. Compiled once for each instruction set, like common/simd.h.
+#pragma once
+
+#include <common/simd.h>
+
+#include "hopfield_retrieve_kernel.h"
+
+namespace ait::cpu {
+namespace {
+
+// A tile of kRows x 2 vectors of sums fills the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#elif defined(__AVX2__)
+constexpr int kRows = 6;
+#else
+constexpr int kRows = 4;
+#endif
+
+template <typename C>
+constexpr int64_t kPanel = 2 * Vec<C>::size;
+
+constexpr int64_t kLine = 64;  // bytes of a line of the cache
+
+// Columns that the panel from `column` on takes in memory: half a panel where that is enough.
+template <typename C>
+AIT_INLINE int64_t packed_columns(int64_t column, int64_t columns) {
+  return columns - column <= Vec<C>::size ? Vec<C>::size : kPanel<C>;
+}
+
+template <bool transposed, typename C>
+AIT_INLINE void pack_panels(const C* source, int64_t stride, int64_t depth, int64_t columns,
+                            C* packed, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t column = panel * kPanel<C>;
+    const int64_t width = packed_columns<C>(column, columns);
+    const int64_t rest = columns - column < width ? columns - column : width;
+    C* target = packed + column * depth;
+    for (int64_t row = 0; row < depth; ++row, target += width) {
+      for (int64_t i = 0; i < rest; ++i) {
+        target[i] =
+            transposed ? source[(column + i) * stride + row] : source[row * stride + column + i];
+      }
+      for (int64_t i = rest; i < width; ++i) target[i] = 0;
+    }
+  }
+}
+
+template <typename C>
+void pack(const C* source, int64_t stride, int64_t depth, int64_t columns, C* packed, int64_t begin,
+          int64_t end) {
+  pack_panels<false>(source, stride, depth, columns, packed, begin, end);
+}
+
+template <typename C>
+void pack_transposed(const C* source, int64_t stride, int64_t depth, int64_t columns, C* packed,
+                     int64_t begin, int64_t end) {
+  pack_panels<true>(source, stride, depth, columns, packed, begin, end);
+}
+
+// target (rows, stride) = the rows from `first` on of source (T, width), with zeros up to the
+// stride.
+template <typename C, typename S>
+void load_tile(const void* source, int64_t first, int64_t rows, int64_t width, C* target,
+               int64_t stride) {
+  using V = Vec<C>;
+  const S* from = static_cast<const S*>(source) + first * width;
+  for (int64_t row = 0; row < rows; ++row, from += width, target += stride) {
+    int64_t e = 0;
+    for (; e + V::size <= width; e += V::size) V::load(from + e).store(target + e);
+    if (e < width) {
+      V::load(from + e, width - e).store(target + e);
+      e += V::size;
+    }
+    for (; e < stride; e += V::size) V::zero().store(target + e);
+  }
+}
+
+// What is read after a product, fetched into the cache line by line while that is computed.
+struct Upcoming {
+  const char* rows;
+  int64_t row_bytes;
+
+  AIT_INLINE void fetch(int64_t row, int64_t line) const {
+    __builtin_prefetch(rows + row * row_bytes + line * 64, 0, 2);
+  }
+};
+
+struct NothingUpcoming {
+  AIT_INLINE void fetch(int64_t, int64_t) const {}
+};
+
+// Calls visit(sum, r, v) for a tile of registers. Unrolled: a loop would put the tile into memory.
+template <int rows, int vectors, typename V, typename Visit>
+AIT_INLINE void for_each_sum(V (&sums)[rows][vectors], Visit visit) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) visit(sums[r][v], r, v);
+  }
+}
+
+// sums[r][v] += sum over d of a[r * row_stride + d * depth_stride] * panel[d * panel_stride + v].
+template <int rows, int vectors, typename C, typename Next>
+AIT_INLINE void multiply_add(const C* a, int64_t row_stride, int64_t depth_stride, const C* panel,
+                             int64_t panel_stride, int64_t depth, Vec<C> (&sums)[rows][vectors],
+                             int64_t first_row, Next next) {
+  using V = Vec<C>;
+  for (int64_t d = 0; d < depth; ++d) {
+    next.fetch(first_row, d);
+    V b[vectors];
+    for (int v = 0; v < vectors; ++v) b[v] = V::load(panel + v * V::size);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const V factor = V::broadcast(a[r * row_stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[r][v] = fmadd(factor, b[v], sums[r][v]);
+    }
+    a += depth_stride;
+    panel += panel_stride;
+  }
+}
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// Calls run(first row, Constant<number of rows>) for blocks of rows, each a tile of registers.
+template <typename Run>
+AIT_INLINE void for_each_block(int64_t rows, Run run) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) run(row, Constant<kRows>{});
+  if constexpr (kRows > 8) {
+    for (; row + 8 <= rows; row += 8) run(row, Constant<8>{});
+  }
+  if constexpr (kRows > 4) {
+    for (; row + 4 <= rows; row += 4) run(row, Constant<4>{});
+  }
+  for (; row < rows; ++row) run(row, Constant<1>{});
+}
+
+// store(row, column, vector) for the product of a (rows, depth) and a packed matrix.
+template <typename C, typename Next, typename Store>
+AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
+                                int64_t depth, int64_t columns, Next next, Store store) {
+  using V = Vec<C>;
+  const auto panel = [&](int64_t column, auto vectors, auto upcoming) {
+    for_each_block(rows, [&](int64_t row, auto block) {
+      V sums[block.value][vectors.value];
+      for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
+      multiply_add(a + row * a_stride, a_stride, 1, packed + column * depth,
+                   vectors.value * V::size, depth, sums, row, upcoming);
+      for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
+        store(row + r, column + v * V::size, sum);
+      });
+    });
+  };
+  for (int64_t column = 0; column < columns; column += kPanel<C>) {
+    if (packed_columns<C>(column, columns) < kPanel<C>) {
+      panel(column, Constant<1>{}, next);
+    } else if (column == 0) {
+      panel(column, Constant<2>{}, next);
+    } else {
+      panel(column, Constant<2>{}, NothingUpcoming{});
+    }
+  }
+}
+
+template <typename C>
+void multiply(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
+              int64_t columns, C* out, int64_t out_stride) {
+  multiply_packed(a, a_stride, rows, packed, depth, columns, NothingUpcoming{},
+                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
+                    sum.store(out + row * out_stride + column);
+                  });
+}
+
+// The logits of a tile of states: the same, while the states of the next tile are fetched.
+template <typename C>
+void multiply_states(const HopfieldPatterns<C>& p, const C* states, int64_t rows, Upcoming next,
+                     C* logits) {
+  multiply_packed(states, p.width_stride, rows, p.transposed, p.width, p.num_patterns, next,
+                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
+                    sum.store(logits + row * p.pattern_stride + column);
+                  });
+}
+
+// A product rounded to storage type S; touches no element beyond the columns. A few rows at a time
+// are written from end to end: writes that jump from row to row cost more than reading the packed
+// matrix again.
+template <typename C, typename S>
+void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
+                         int64_t columns, S* out) {
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t block = rows - first < kRows ? rows - first : kRows;
+    S* block_out = out + first * columns;
+    multiply_packed(a + first * a_stride, a_stride, block, packed, depth, columns,
+                    NothingUpcoming{},
+                    [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
+                      const int64_t rest = columns - column;
+                      S* target = block_out + row * columns + column;
+                      if (rest >= Vec<C>::size) {
+                        sum.store(target);
+                      } else if (rest > 0) {
+                        sum.store(target, rest);
+                      }
+                    });
+  }
+}
+
+// target (rows, columns) += a^T b for a (depth, rows) and b (depth, columns); the rows of b and
+// target are padded to whole panels.
+template <typename C>
+void add_outer(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64_t depth,
+               int64_t rows, int64_t columns, C* target, int64_t target_stride) {
+  using V = Vec<C>;
+  for (int64_t column = 0; column < columns; column += kPanel<C>) {
+    for_each_block(rows, [&](int64_t row, auto block) {
+      V sums[block.value][2];
+      C* at = target + row * target_stride + column;
+      for_each_sum(
+          sums, [&](V& sum, int r, int v) { sum = V::load(at + r * target_stride + v * V::size); });
+      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums, row, NothingUpcoming{});
+      for_each_sum(sums,
+                   [&](V& sum, int r, int v) { sum.store(at + r * target_stride + v * V::size); });
+    });
+  }
+}
+
+// product = in P P^T for weights `in` (rows, M), through the Gram matrix or through states.
+template <typename C>
+void multiply_gram(const HopfieldPatterns<C>& p, const C* in, int64_t rows, C* moved, C* product) {
+  const int64_t stride = p.pattern_stride, patterns = p.num_patterns;
+  if (p.gram != nullptr) {
+    multiply(in, stride, rows, p.gram, patterns, patterns, product, stride);
+    return;
+  }
+  multiply(in, stride, rows, p.packed, patterns, p.width, moved, p.width_stride);
+  multiply(moved, p.width_stride, rows, p.transposed, p.width, patterns, product, stride);
+}
+
+// weights = softmax(beta logits) of one token. Both have room for whole vectors; the weights there
+// become 0.
+template <typename C>
+AIT_INLINE SoftmaxSum<C> softmax(const C* logits, C beta, int64_t patterns, C* weights) {
+  using V = Vec<C>;
+  const V betas = V::broadcast(beta);
+  const int64_t whole = patterns / V::size * V::size, rest = patterns - whole;
+  V largest = V::broadcast(-INFINITY);
+  for (int64_t m = 0; m < whole; m += V::size) {
+    const V scaled = V::load(logits + m) * betas;
+    scaled.store(weights + m);
+    largest = max(scaled, largest);
+  }
+  if (rest > 0) {
+    (V::load(logits + whole) * betas).store(weights + whole);
+    for (int64_t m = patterns; m < whole + V::size; ++m) weights[m] = -INFINITY;
+    largest = max(V::load(weights + whole), largest);
+  }
+  const C maximum = reduce_max(largest);
+  const V shift = V::broadcast(maximum);
+  V total = V::zero();
+  for (int64_t m = 0; m < patterns; m += V::size) {
+    const V power = exp(V::load(weights + m) - shift);
+    power.store(weights + m);
+    total += power;
+  }
+  const C sum = reduce_add(total);
+  const V inverse = V::broadcast(C(1) / sum);
+  for (int64_t m = 0; m < patterns; m += V::size) {
+    (V::load(weights + m) * inverse).store(weights + m);
+  }
+  return {maximum, sum};
+}
+
+// logsumexp(beta logits) of one token: infinite where the largest is, unless one is NaN.
+template <typename C>
+C log_sum_exp(SoftmaxSum<C> softmax, const C* logits, C beta, int64_t patterns) {
+  const bool infinite = softmax.maximum == INFINITY || softmax.maximum == -INFINITY;
+  bool any_nan = false;
+  for (int64_t m = 0; infinite && m < patterns; ++m) any_nan |= std::isnan(beta * logits[m]);
+  return infinite && !any_nan ? softmax.maximum : softmax.maximum + C(std::log(softmax.sum));
+}
+
+// Sum of a[i] b[i].
+template <typename C>
+AIT_INLINE C dot(const C* a, const C* b, int64_t n) {
+  using V = Vec<C>;
+  V sum = V::zero();
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) sum = fmadd(V::load(a + i), V::load(b + i), sum);
+  if (i < n) sum = fmadd(V::load(a + i, n - i), V::load(b + i, n - i), sum);
+  return reduce_add(sum);
+}
+
+// Sum of (a[i] - b[i])^2.
+template <typename C>
+AIT_INLINE C squared_distance(const C* a, const C* b, int64_t n) {
+  using V = Vec<C>;
+  V sum = V::zero();
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) {
+    const V difference = V::load(a + i) - V::load(b + i);
+    sum = fmadd(difference, difference, sum);
+  }
+  if (i < n) {
+    const V difference = V::load(a + i, n - i) - V::load(b + i, n - i);
+    sum = fmadd(difference, difference, sum);
+  }
+  return reduce_add(sum);
+}
+
+template <typename C>
+AIT_INLINE void copy(const C* from, int64_t n, C* to) {
+  std::memcpy(to, from, size_t(n) * sizeof(C));
+}
+
+// A square that rounding may have made a little negative; NaN stays NaN.
+template <typename C>
+AIT_INLINE C root(C square) {
+  return square < 0 ? C(0) : C(std::sqrt(square));
+}
+
+}  // namespace
+}  // namespace ait::cpu
