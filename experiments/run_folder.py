@@ -1,18 +1,33 @@
-"""The folder of a run: whether it may be used, and the checkpoint in it."""
+"""The folder of a run: whether it may be used, what is written there, and never half of it."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
 import os
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "events.out.tfevents.*")
+RUN_FILES = (
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "last.pt",
+    "mistakes.npz",
+    "result.json",
+    "report.html",
+    "events.out.tfevents.*",
+)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -23,7 +38,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         OSError: nothing can be written there.
     """
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"train: expected a new or empty folder, got {folder}, which has files; see --overwrite")
+        raise FileExistsError(
+            f"train: expected a new or empty folder, got {folder}, which has files; see --overwrite and --resume"
+        )
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -40,23 +57,52 @@ def prepare_folder(folder: Path) -> None:
             path.unlink()
 
 
-def save_checkpoint(folder: Path, model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Writes ``checkpoint.pt``, never half of it: the state dict, and beside it ``facts``, of plain types.
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Writes a file under another name, brings it to the disk, and puts it in the place of the old one.
 
-    ``torch.load(..., weights_only=True)`` reads it, and ``ait.create_model`` makes the model again from the facts
-    ``"model"`` and ``"model_arguments"``.
+    Args:
+        path: of the file; what stood there stays, whole, if anything goes wrong.
+        write: called with a binary file to write to.
+
+    Raises:
+        OSError: nothing can be written, or the disk is full.
     """
-    temporary = folder / "checkpoint.pt.tmp"
-    torch.save({"state_dict": model.state_dict(), **facts}, temporary)
-    os.replace(temporary, folder / "checkpoint.pt")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = f"; what was saved there before stays: {path}" if path.exists() else ""
+        raise OSError(f"train: cannot write {path.name}: {error}{kept}") from error
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint with its SHA-256, never half of it; ``torch.load(..., weights_only=True)`` reads it.
+
+    Args:
+        path: of the file.
+        content: ``"state_dict"`` and whatever belongs to it: dicts, lists, tensors and plain types.
+
+    Raises:
+        OSError: as :func:`write_atomically`.
+    """
+    # Through memory, since torch.save itself reports a full disk as a RuntimeError without a name.
+    buffer = io.BytesIO()
+    torch.save({**content, "sha256": digest(content)}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_checkpoint` wrote.
+    """Reads what :func:`save_checkpoint` wrote, and verifies its checksum.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is something else.
+        ValueError: it is something else, or was altered.
     """
     if not path.is_file():
         raise FileNotFoundError(f"train: no checkpoint {path}")
@@ -66,7 +112,35 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"train: expected {path} to be a checkpoint of train.py, got: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"train: expected {path} to be a checkpoint of train.py, got a file without 'state_dict'")
+    expected = content.pop("sha256", None)
+    if expected is not None and digest(content) != expected:  # checkpoints of version 0.1.0 have none
+        raise ValueError(f"train: expected {path} to have the SHA-256 that it states, {expected}, got another content")
     return content
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain types, the same after saving and loading."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+            sha.update(value.view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            sha.update(f"dict {len(value)} ".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"list {len(value)} ".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{type(value).__name__} {value!r} ".encode())
+
+    add(content)
+    return sha.hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -88,3 +162,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
         shown = "; ".join(differences[:6]) + ("; ..." if len(differences) > 6 else "")
         raise ValueError(f"train: expected {path} to be of the same model, got {len(differences)} differences: {shown}")
     model.load_state_dict(theirs)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an ``.npz`` file atomically."""
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Adds a line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def keep_lines(path: Path, epochs: int) -> None:
+    """Drops the lines of later epochs than ``epochs``, and a last line that was cut off while it was written."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = [line for line in text.split("\n")[:-1] if line]  # what follows the last newline is no line
+    kept = [line + "\n" for line in whole if json.loads(line)["epoch"] <= epochs]
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
