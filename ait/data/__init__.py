@@ -5,8 +5,9 @@ Importing this needs torch and numpy alone; a data set that needs more says whic
 
 from ait.data.augment import crop_padded, flip_horizontally, normalize, random_crop, random_horizontal_flip
 from ait.data.dataset import ImageDataset, stratified_choice
-from ait.data.images import ImageSplits, cifar10, cifar100, digits, list_images, load_images
+from ait.data.images import cifar10, cifar100, digits
 from ait.data.sheets import read_sheets, write_sheets
+from ait.data.splits import ImageSplits, list_images, load_images
 
 __all__ = [
     "ImageDataset",

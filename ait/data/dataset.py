@@ -1,20 +1,27 @@
-"""Labelled images, held in memory as bytes so that a whole batch is taken at once."""
+"""Labelled images, of which a whole batch of bytes is taken at once: held in memory, or by another class's means."""
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+if TYPE_CHECKING:
+    from typing import Self
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images and their labels: a map-style data set whose items are ``(image (C, H, W) uint8, label)``.
+
+class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
+    """What training needs of a data set, wherever its images are: a map-style data set of ``(image, label)``.
+
+    A subclass says how images are taken: ``image_shape``, ``__getitem__``, ``subset`` and ``_take``.
 
     Args:
-        images: ``(n, C, H, W)`` uint8.
         labels: ``(n,)`` of an integer dtype, each in ``[0, len(classes))``; kept as int64.
         classes: name of each class.
         name: what errors call this data set.
@@ -23,46 +30,46 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         ValueError: an argument is not as above.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], name: str = "ImageDataset") -> None:
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(
-                f"{name}: expected images (n, C, H, W) of dtype torch.uint8, got {tuple(images.shape)}, {images.dtype}"
-            )
+    def __init__(self, labels: Tensor, classes: Sequence[str], name: str) -> None:
         if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
             raise ValueError(f"{name}: expected labels of an integer dtype, got {labels.dtype}")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"{name}: expected {len(images)} labels, one an image, got shape {tuple(labels.shape)}")
         labels = labels.to(torch.int64)
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= len(classes)):
             raise ValueError(
                 f"{name}: expected labels in [0, {len(classes)}), got [{int(labels.min())}, {int(labels.max())}]"
             )
-        self.images = images
         self.labels = labels
         self.classes = tuple(classes)
         self.name = name
 
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """``(image (C, H, W) uint8, label)``."""
+
+    @abstractmethod
+    def _take(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each batch of indices ``(B,)`` int64 in turn, its images ``(B, C, H, W)`` uint8."""
+
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
 
     def __repr__(self) -> str:
         channels, height, width = self.image_shape
         return f"{self.name}: {len(self)} images of {channels} x {height} x {width}, {len(self.classes)} classes"
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def subset(self, indices: Tensor, name: str | None = None) -> Self:
+        """The images at ``indices (m,)`` int64, independent of this data set."""
+        part = copy.copy(self)
+        part.labels = self.labels[indices]
+        part.name = name or self.name
+        return part
 
-    def subset(self, indices: Tensor, name: str | None = None) -> ImageDataset:
-        """The images at ``indices (m,)`` int64, copied."""
-        return ImageDataset(self.images[indices], self.labels[indices], self.classes, name or self.name)
-
-    def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+    def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[Self, Self]:
         """Splits off a share of every class, the same at every call: ``(the rest, the share)``, each in its old order.
 
         Args:
@@ -101,9 +108,50 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         stop = len(self) - len(self) % batch_size if drop_last else len(self)
-        for start in range(0, stop, batch_size):
-            chosen = order[start : start + batch_size]
-            yield self.images[chosen], self.labels[chosen]
+        batches = [order[start : start + batch_size] for start in range(0, stop, batch_size)]
+        for chosen, images in zip(batches, self._take(batches), strict=True):
+            yield images, self.labels[chosen]
+
+
+class ImageDataset(LabelledImages):
+    """Images held in memory as bytes.
+
+    Args:
+        images: ``(n, C, H, W)`` uint8.
+        labels: ``(n,)`` of an integer dtype, each in ``[0, len(classes))``; kept as int64.
+        classes: name of each class.
+        name: what errors call this data set.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], name: str = "ImageDataset") -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(
+                f"{name}: expected images (n, C, H, W) of dtype torch.uint8, got {tuple(images.shape)}, {images.dtype}"
+            )
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{name}: expected {len(images)} labels, one an image, got shape {tuple(labels.shape)}")
+        super().__init__(labels, classes, name)
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def subset(self, indices: Tensor, name: str | None = None) -> Self:
+        """The images at ``indices (m,)`` int64, copied."""
+        part = super().subset(indices, name)
+        part.images = self.images[indices]
+        return part
+
+    def _take(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (self.images[chosen] for chosen in batches)
 
 
 def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:
