@@ -2,7 +2,8 @@
 
     python experiments/results.py experiments/results/*/result.json
 
-prints a Markdown table, one line a run, and says of every two runs on the same images whether their intervals overlap.
+prints a Markdown table, one line a run (with questions: a second one by their kind), and says of every two runs on the
+same images whether their intervals overlap.
 """
 
 from __future__ import annotations
@@ -148,6 +149,25 @@ def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def kinds_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One line a run and kind of question; empty where no run has questions."""
+    header = ("run", "questions", "test %", "95 % interval", "best without images %", "one answer always %")
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "--:|" * (len(header) - 2)]
+    for result in results:
+        for kind, each in result.get("test_by_kind", {}).items():
+            low, high = each["interval_95"]
+            cells = (
+                result["run"],
+                kind,
+                f"{100 * each['accuracy']:.2f}",
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                f"{100 * each['question_only_accuracy']:.2f}",
+                f"{100 * each['majority_accuracy']:.2f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def _cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -166,6 +186,9 @@ def main(paths: Sequence[str]) -> None:
         raise SystemExit(str(error)) from error
     print(markdown_table(results))
     print()
+    if kinds := kinds_table(results):
+        print(kinds)
+        print()
     for a, b in combinations(results, 2):
         if a["data"] == b["data"]:
             print(f"- {a['data']}: {comparison(a, b)}.")

@@ -94,6 +94,25 @@ def test_command_prints_the_table_and_compares_runs_on_the_same_data(
     assert markdown_table([]).count("\n") == 1
 
 
+def test_runs_with_questions_get_a_line_for_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {
+        kind: {
+            "accuracy": accuracy,
+            "interval_95": [accuracy - 0.01, accuracy + 0.01],
+            "question_only_accuracy": 0.5,
+            "majority_accuracy": 0.25,
+        }
+        for kind, accuracy in (("non-relational", 0.9), ("relational", 0.625))
+    }
+    write_json(tmp_path / "a.json", _result("a", 0.7, (0.6, 0.8)) | {"test_by_kind": kinds})
+    write_json(tmp_path / "b.json", _result("b", 0.7, (0.6, 0.8)))
+    results.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[7] == "| a | non-relational | 90.00 | 89.00 to 91.00 | 50.00 | 25.00 |"
+    assert lines[8] == "| a | relational | 62.50 | 61.50 to 63.50 | 50.00 | 25.00 |"
+    assert len({line.count("|") for line in lines[5:9]}) == 1 and lines[9] == ""
+
+
 def test_json_is_one_line_a_key_and_comes_back(tmp_path: Path) -> None:
     content = _result("a", 0.1, (0.0, 0.2))
     write_json(tmp_path / "a.json", content)

@@ -148,7 +148,7 @@ def test_nothing_to_resume_and_a_finished_run_are_errors(data_dir: Path, tmp_pat
     with pytest.raises(ValueError, match="expected an unfinished run to resume"):
         run_quietly(train_module.dataclasses.replace(config, resume=True))
     for both in ({"overwrite": True}, {"init_from": Path("checkpoint.pt")}):
-        with pytest.raises(ValueError, match="expected --resume or --.*, got both"):
+        with pytest.raises(ValueError, match=r"expected --resume or --.*, got both"):
             run_quietly(train_module.dataclasses.replace(config, resume=True, **both))
 
 
