@@ -80,7 +80,7 @@ class _GreyAsColour(ImageDataset):
 
 
 def third_corner(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The corner that makes an equilateral triangle: ``first`` plus the displacement to ``second``, turned by 60 degrees.
+    """Last corner of an equilateral triangle: ``first`` plus the displacement to ``second``, turned by 60 degrees.
 
     Args:
         first: ``(m, 2)`` integers, x and y.
