@@ -105,7 +105,7 @@ def test_the_checkpoint_makes_the_tested_model_again(finished: tuple[Path, dict[
     model = ait.create_model(checkpoint["model"], **checkpoint["model_arguments"])
     model.load_state_dict(checkpoint["state_dict"])
     assert ait.count_parameters(model).parameters == result["parameters"]
-    assert not (out / "checkpoint.pt.tmp").exists()
+    assert not list(out.glob("*.tmp"))
 
 
 def test_tensorboard_gets_every_metric(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -255,6 +255,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "large seed": ({"seed": 2**64}, ValueError, f"expected seed to be a whole number below 2\\^63, got {2**64}"),
     "threads": ({"threads": 0}, ValueError, "expected threads to be a whole number of at least 1, got 0"),
     "device": ({"device": "abacus"}, ValueError, "expected a device that torch has here, got 'abacus'"),
+    "accumulate": ({"accumulate": 3}, ValueError, "at most 12, .* got 16 times accumulate 3"),
+    "no step": ({"accumulate": 0}, ValueError, "expected accumulate to be a whole number of at least 1, got 0"),
+    "minutes": ({"save_minutes": math.nan}, ValueError, "expected save_minutes to be a finite number"),
+    "fresh": ({"fresh": True}, ValueError, "cifar10: expected fresh=False"),
+    "size": ({"img_size": 64}, ValueError, "cifar10: expected no img_size"),
     "patch": ({"patch_size": 5}, ValueError, "patch_size"),
     "option": ({"options": ("depth",)}, ValueError, "expected options as NAME=VALUE, got 'depth'"),
     "unknown option": ({"options": ("dpeth=1",)}, TypeError, "no option 'dpeth'"),
@@ -333,6 +338,82 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     with pytest.raises(FloatingPointError, match=r"expected a finite loss, got nan .* at step 3 of 4, learning rate"):
         run_quietly(tiny_config(data_dir, tmp_path, "vit_tiny"))
     assert len(_lines(tmp_path)) == 1 and (tmp_path / "checkpoint.pt").exists()  # the first epoch is not lost
+
+
+def test_mixed_precision_trains_in_bfloat16(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    real = train_module.F.cross_entropy
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.add((logits.dtype, torch.is_autocast_enabled("cpu")))
+        return real(logits, labels, **options)
+
+    def linear(*arguments: torch.Tensor) -> torch.Tensor:
+        out = real_linear(*arguments)
+        dtypes.add(out.dtype)
+        return out
+
+    dtypes: set[torch.dtype] = set()
+    real_linear = torch.nn.functional.linear
+    monkeypatch.setattr(train_module.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    run_quietly(tiny_config(data_dir, tmp_path / "mixed", amp=True))
+    assert torch.bfloat16 in dtypes and seen == {(torch.float32, False)}
+    run_quietly(tiny_config(data_dir, tmp_path / "whole"))
+    mixed, whole = _lines(tmp_path / "mixed"), _lines(tmp_path / "whole")
+    assert mixed[-1]["train_loss"] != whole[-1]["train_loss"]
+    assert mixed[-1]["train_loss"] == pytest.approx(whole[-1]["train_loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_numbers_of_eager_training(data_dir: Path, tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        config = tiny_config(data_dir, tmp_path / name, compile=compiled)
+        options = (*config.options, "write_dropout=0.0")  # inductor draws other numbers
+        run_quietly(train_module.dataclasses.replace(config, options=options))
+    eager, compiled_lines = _lines(tmp_path / "eager"), _lines(tmp_path / "compiled")
+    for a, b in zip(eager, compiled_lines, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["balance_loss"] == pytest.approx(a["balance_loss"], rel=1e-3)
+    names = {name for name in load_checkpoint(tmp_path / "compiled" / "checkpoint.pt")["state_dict"]}
+    assert names == load_checkpoint(tmp_path / "eager" / "checkpoint.pt")["state_dict"].keys()
+
+
+def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = {"cuda": False, "mps": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available["mps"])
+    for device, there in (("cpu", ()), ("mps", ("mps",)), ("cuda", ("mps", "cuda"))):
+        available.update({name: name in there for name in available})
+        assert resolve(Config()).device == device
+        assert resolve(Config(device="cpu")).device == "cpu"
+
+
+def test_a_blank_image_is_what_every_image_becomes(data_dir: Path, tmp_path: Path) -> None:
+    result = run_quietly(tiny_config(data_dir, tmp_path, "vit_tiny", blank_images=True))
+    answered = torch.tensor(result["confusion"]).sum(0)
+    assert int((answered > 0).sum()) == 1
+
+
+def test_triangle_trains_on_fresh_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ait.data import splits
+
+    small = {"triangle": train_module.dataclasses.replace(splits._SETS["triangle"], sizes=(64, 20))}
+    monkeypatch.setattr(splits, "_SETS", splits._SETS | small)
+    config = tiny_config(tmp_path, tmp_path / "run", data="triangle", fresh=True, patch_size=32)
+    result = run_quietly(config)
+    assert result["test_images"] == 20 and len(result["confusion"]) == 2
+
+
+def test_sort_of_clevr_reports_its_kinds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ait.data import splits
+
+    small = {"sort_of_clevr": train_module.dataclasses.replace(splits._SETS["sort_of_clevr"], sizes=(20, 4))}
+    monkeypatch.setattr(splits, "_SETS", splits._SETS | small)
+    result = run_quietly(tiny_config(tmp_path, tmp_path / "run", data="sort_of_clevr", patch_size=25))
+    assert [each["total"] for each in result["test_by_kind"].values()] == [40, 40, 40]
+    assert sum(each["correct"] for each in result["test_by_kind"].values()) == result["test_correct"]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["model_arguments"]["question_dim"] == 18
 
 
 def test_the_command_line_trains_with_a_progress_bar(data_dir: Path, tmp_path: Path) -> None:
