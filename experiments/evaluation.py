@@ -9,13 +9,8 @@ import torch
 from results import wilson_interval
 from torch import Tensor
 
-from ait.data import ImageSplits
-
-try:
-    from ait.data import QuestionDataset, decode_question
-    from ait.data.sort_of_clevr import KINDS
-except ImportError:
-    QuestionDataset = type("Q", (), {})
+from ait.data import ImageSplits, QuestionDataset, decode_question
+from ait.data.sort_of_clevr import KINDS
 
 MOST_MISTAKES = 24
 

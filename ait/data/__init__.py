@@ -4,7 +4,8 @@ Importing this needs torch and numpy alone; a data set that needs more says whic
 """
 
 from ait.data.augment import crop_padded, flip_horizontally, normalize, random_crop, random_horizontal_flip
-from ait.data.dataset import ImageDataset, stratified_choice
+from ait.data.dataset import ImageDataset, LabelledImages, stratified_choice
+from ait.data.folders import LazyImageDataset, image_folder, imagenet100, oxford_pet
 from ait.data.images import cifar10, cifar100, digits
 from ait.data.sheets import read_sheets, write_sheets
 from ait.data.sort_of_clevr import (
@@ -24,6 +25,8 @@ __all__ = [
     "TRIANGLE_TRAIN_IMAGES",
     "ImageDataset",
     "ImageSplits",
+    "LabelledImages",
+    "LazyImageDataset",
     "QuestionDataset",
     "cifar10",
     "cifar100",
@@ -31,9 +34,12 @@ __all__ = [
     "decode_question",
     "digits",
     "flip_horizontally",
+    "image_folder",
+    "imagenet100",
     "list_images",
     "load_images",
     "normalize",
+    "oxford_pet",
     "random_crop",
     "random_horizontal_flip",
     "read_sheets",
