@@ -119,9 +119,9 @@ def test_missing_data_says_what_was_looked_for_and_how_to_get_it(tmp_path: Path,
 
 
 def test_unknown_name_is_answered_with_the_list() -> None:
-    with pytest.raises(ValueError, match="no data set named 'mnist'; there are 'cifar10', 'cifar100', 'digits'"):
+    with pytest.raises(ValueError, match=r"no data set named 'mnist'; there are 'cifar10', 'cifar100', 'digits', "):
         load_images("mnist")
-    assert list_images() == ["cifar10", "cifar100", "digits"]
+    assert {"cifar10", "cifar100", "digits"} <= set(list_images())
 
 
 @pytest.mark.parametrize(
