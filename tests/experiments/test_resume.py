@@ -64,8 +64,8 @@ def _stopped(config: Config, step: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("model", ["ait_tiny", "vit_tiny"])
 @pytest.mark.parametrize(
     ("changes", "step"),
-    [({}, 1), ({}, 2), ({}, 3), ({"accumulate": 2, "batch_size": 6}, 4), ({"amp": True}, 3)],
-    ids=["in the first epoch", "at its end", "in the second", "accumulating", "mixed precision"],
+    [({}, 1), ({}, 2), ({}, 3), ({}, 6), ({"accumulate": 2, "batch_size": 6}, 4), ({"amp": True}, 3)],
+    ids=["in the first epoch", "at its end", "in the second", "after the last", "accumulating", "mixed precision"],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict[str, Any], step: int
