@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,7 +88,8 @@ def test_images_do_not_depend_on_the_number_of_threads_nor_on_global_random_stat
 
 def test_images_do_not_depend_on_how_many_are_painted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = triangle(100, seed=4)
-    monkeypatch.setattr("ait.data.triangle._CHUNK", 7)
+    # By sys.modules: ait.data.triangle is also the name of the function.
+    monkeypatch.setattr(sys.modules["ait.data.triangle"], "_CHUNK", 7)
     assert torch.equal(triangle(100, seed=4).images, expected.images)
 
 
