@@ -3,7 +3,14 @@
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
-from ait.models import AssociativeTransformer, VisionTransformer, count_parameters, create_model, list_models
+from ait.models import (
+    AssociativeTransformer,
+    VisionTransformer,
+    count_parameters,
+    create_model,
+    list_models,
+    list_pretrained,
+)
 from ait.nn.control import balance_loss, balance_losses, freeze_memory, reset_memory
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 
@@ -19,6 +26,7 @@ __all__ = [
     "create_model",
     "freeze_memory",
     "list_models",
+    "list_pretrained",
     "ops",
     "reset_memory",
     "show_config",

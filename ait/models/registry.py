@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ait.models.ait import AssociativeTransformer
+from ait.models.pretrained import list_pretrained, load_pretrained, pretrained_config
 from ait.models.vit import VisionTransformer
 
 
@@ -40,17 +41,20 @@ _MODELS: Mapping[str, _Entry] = MappingProxyType(
     }
 )
 
+_IMAGE = {"img_size": 32, "patch_size": 4, "in_chans": 3, "num_classes": 10}
+
 
 def create_model(
     name: str,
     *,
-    img_size: int | tuple[int, int] = 32,
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 10,
+    pretrained: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Makes a model, with fresh parameters, by name.
+    """Makes a model by name, with fresh parameters or with weights that are shipped in the package.
 
     ``small``, ``medium`` and ``base`` are the published sizes: 768 wide, MLP 3072, heads 64 wide, and 2, 6 or 12
     blocks. ``tiny`` is for a laptop's CPU: 128 wide, MLP 512, 4 heads 32 wide, 3 blocks; the workspace of
@@ -59,18 +63,23 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        img_size: height and width in pixels, or one number for both; each a multiple of ``patch_size``.
-        patch_size: side of a patch in pixels.
-        in_chans: channels of an image.
-        num_classes: number of logits.
+        pretrained: weights to start from, such as ``"cifar10"``; see :func:`list_pretrained`. With another
+            ``num_classes`` than theirs the last layer is fresh; everything else must be as it was when they were made.
+            :func:`ait.models.pretrained_config` says how images were normalised.
+        img_size: height and width in pixels, or one number for both; each a multiple of ``patch_size``. 32 by default,
+            or what the weights were trained with; so are the three that follow.
+        patch_size: side of a patch in pixels; 4 by default.
+        in_chans: channels of an image; 3 by default.
+        num_classes: number of logits; 10 by default.
         **options: further keyword arguments of the model's class, over those that make the size.
 
     Returns:
         The model, on the default device, in training mode.
 
     Raises:
-        ValueError: no model has this name, or an argument's value is refused.
+        ValueError: no model or weights have this name, an argument's value is refused, or the weights do not fit.
         TypeError: the model has no such option.
+        ImportError: safetensors is needed for ``pretrained``, and not installed.
 
     Example:
         >>> model = create_model("ait_tiny", img_size=8, patch_size=2, in_chans=1, reader="attention")
@@ -84,8 +93,20 @@ def create_model(
     for option in options:
         if option not in known:
             raise TypeError(f"create_model: {name} has no option {option!r}; {_suggest(option, sorted(known))}")
-    image = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "num_classes": num_classes}
-    return entry.model(**{**entry.defaults, **image, **options})
+    given = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "num_classes": num_classes}
+    image = _IMAGE | {argument: value for argument, value in given.items() if value is not None}
+    if pretrained is None:
+        return entry.model(**{**entry.defaults, **image, **options})
+    weights = f"{name}.{pretrained}"
+    if weights not in list_pretrained():
+        raise ValueError(
+            f"create_model: {name} has no pretrained weights {pretrained!r}; there are {', '.join(list_pretrained())}"
+        )
+    trained = pretrained_config(weights).model_arguments
+    asked = {argument: value for argument, value in given.items() if value is not None}
+    model = entry.model(**{**entry.defaults, **_IMAGE, **trained, **asked, **options})
+    load_pretrained(model, weights)
+    return model
 
 
 def list_models(filter: str | None = None) -> list[str]:
