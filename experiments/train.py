@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from evaluation import confusion_matrix, question_results, worst_mistakes
 from interrupt import Interrupt
+from report import write_report
 from results import environment, git_revision, wilson_interval, write_json
 from run_config import RECIPES, Config, check, differences, recorded, resolve
 from run_folder import (
@@ -163,8 +164,6 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
     result = test(run, revision)
     write_json(config.out / "result.json", result)
     if config.report:
-        from report import write_report
-
         write_report(config.out)
     return result
 

@@ -395,6 +395,11 @@ def test_a_blank_image_is_what_every_image_becomes(data_dir: Path, tmp_path: Pat
     assert int((answered > 0).sum()) == 1
 
 
+def test_a_report_is_written_where_it_is_asked_for(data_dir: Path, tmp_path: Path) -> None:
+    run_quietly(tiny_config(data_dir, tmp_path / "with", epochs=1, report=True))
+    assert "</html>" in (tmp_path / "with" / "report.html").read_text()
+
+
 def test_triangle_trains_on_fresh_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ait.data import splits
 
