@@ -10,6 +10,7 @@ from ait.models import (
     create_model,
     list_models,
     list_pretrained,
+    pretrained_config,
 )
 from ait.nn.control import balance_loss, balance_losses, freeze_memory, reset_memory
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
@@ -28,6 +29,7 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "ops",
+    "pretrained_config",
     "reset_memory",
     "show_config",
 ]

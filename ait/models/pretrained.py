@@ -93,7 +93,7 @@ class PretrainedConfig:
         if missing:
             raise ValueError(f"metadata without {', '.join(missing)}")
         plain = ("model", "data", "git_revision")
-        values = {
+        values: dict[str, Any] = {
             field.name: metadata[field.name] if field.name in plain else _freeze(json.loads(metadata[field.name]))
             for field in dataclasses.fields(cls)
         }
@@ -131,8 +131,8 @@ def load_pretrained(model: nn.Module, name: str) -> PretrainedConfig:
     """Overwrites the parameters and memories of a model with weights that come with the package.
 
     They take the dtype and device of the model's own. A model whose ``num_classes`` is another keeps its own last
-    Linear. Names and shapes are compared, so a model made with another ``beta`` passes here; ``create_model(...,
-    pretrained=...)`` compares the arguments, too. Training or evaluation mode stays as it is.
+    Linear. Names and shapes are compared: options that change neither (``beta``, ``top_k``, ``semantics``) are the
+    caller's choice. Training or evaluation mode stays as it is.
 
     Args:
         model: as ``create_model`` makes it.
@@ -178,7 +178,8 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[PretrainedConfi
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        message = f"pretrained weights: cannot import safetensors ({error}); pip install 'associative-transformer[pretrained]'"
+        cure = "pip install 'associative-transformer[pretrained]'"
+        message = f"pretrained weights: cannot import safetensors ({error}); {cure}"
         raise ImportError(message, name="safetensors") from error
     try:
         return config, safetensors.torch.load(content)
@@ -205,9 +206,8 @@ def assign_weights(model: nn.Module, config: PretrainedConfig, tensors: Mapping[
     ]
     if differences:
         shown = "; ".join(differences[:6]) + ("; ..." if len(differences) > 6 else "")
-        raise ValueError(
-            f"pretrained weights: {config.name} do not fit this model, which has {len(differences)} differences: {shown}"
-        )
+        found = f"{len(differences)} differences: {shown}"
+        raise ValueError(f"pretrained weights: {config.name} do not fit this model, which has {found}")
     if any(tensor.is_meta for tensor in ours.values()):
         raise ValueError(f"pretrained weights: {config.name}: expected a model with storage, got one on device 'meta'")
     model.load_state_dict(theirs)

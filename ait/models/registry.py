@@ -64,8 +64,8 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         pretrained: weights to start from, such as ``"cifar10"``; see :func:`list_pretrained`. With another
-            ``num_classes`` than theirs the last layer is fresh; everything else must be as it was when they were made.
-            :func:`ait.models.pretrained_config` says how images were normalised.
+            ``num_classes`` than theirs the last layer is fresh; every other tensor must have their shape.
+            :func:`ait.pretrained_config` says how images were normalised.
         img_size: height and width in pixels, or one number for both; each a multiple of ``patch_size``. 32 by default,
             or what the weights were trained with; so are the three that follow.
         patch_size: side of a patch in pixels; 4 by default.

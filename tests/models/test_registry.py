@@ -65,7 +65,7 @@ def test_an_unknown_name_is_refused_with_the_closest_ones(name: str, message: st
         ("ait_tiny", "num_slot", r"ait_tiny has no option 'num_slot'; did you mean 'num_slots'"),
         ("ait_tiny", "num_heads", r"ait_tiny has no option 'num_heads'; .*There are .*'workspace_heads'"),
         ("vit_tiny", "num_slots", r"vit_tiny has no option 'num_slots'"),
-        ("vit_tiny", "pretrained", r"vit_tiny has no option 'pretrained'; There are .*'embed_dim'"),
+        ("vit_tiny", "weights", r"vit_tiny has no option 'weights'; .*[Tt]here are .*'embed_dim'"),
         ("vit_tiny", "make_block", r"vit_tiny has no option 'make_block'"),
         ("vit_tiny", "shell", r"vit_tiny has no option 'shell'"),
     ],

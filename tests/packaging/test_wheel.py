@@ -31,7 +31,8 @@ kernels = ait.show_config("dicts")["kernels"]
 assert all(runs.startswith("C++ on cpu") for runs in kernels.values()), kernels
 model = ait.create_model("ait_tiny", img_size=8, patch_size=2, in_chans=1, num_classes=10)
 model(torch.randn(2, 1, 8, 8)).sum().backward()
-extras = {"torchvision", "cv2", "sklearn", "PIL", "matplotlib", "tensorboard", "tqdm", "tyro", "timm", "transformers"}
+extras = {"torchvision", "cv2", "sklearn", "PIL", "matplotlib", "tensorboard", "tqdm", "tyro", "timm"}
+extras |= {"transformers", "safetensors"}
 assert not extras & set(sys.modules), extras & set(sys.modules)
 print("ran on torch", torch.__version__)
 """
@@ -53,6 +54,8 @@ def test_sdist_and_wheel_hold_what_they_should(dist_dir: Path, wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
     assert {"ait/libait_cpu.so", "ait/_build_info.py", "ait/ops/reference.py"} <= files
+    weights = {f"ait/models/weights/{model}-cifar10.safetensors" for model in ("ait_tiny", "vit_tiny")}
+    assert weights | {"ait/models/weights/README.md"} <= files & sources
     assert any(name.startswith("ait/_C.") and name.endswith(".so") for name in files)
     assert not [name for name in files if name.startswith(("tests", "experiments", "csrc"))]
 
