@@ -30,6 +30,7 @@ from report_figures import (
     number,
     percent,
     picture,
+    shortened,
     signed_heat_map,
 )
 from results import read_result
@@ -272,11 +273,14 @@ def read_memories(state: Mapping[str, Any], notes: list[str]) -> list[Memory]:
     """The memories among a model's weights; one that cannot be shown is noted."""
     memories = []
     for name, gamma in state.items():
-        if not name.endswith("memory.gamma"):
+        if not str(name).endswith("memory.gamma"):
             continue
-        skipped = state.get(name.removesuffix("gamma") + "skipped_updates", 0)
-        if not isinstance(gamma, Tensor) or gamma.dim() != 2 or not gamma.numel() or not gamma.isfinite().all():
-            notes.append(f"checkpoint.pt: {name} is not shown; expected finite slots (M, D).")
+        skipped = torch.as_tensor(state.get(name.removesuffix("gamma") + "skipped_updates", 0))
+        is_matrix = isinstance(gamma, Tensor) and gamma.dim() == 2 and gamma.numel() > 0
+        if not is_matrix or not gamma.isfinite().all() or skipped.numel() != 1:
+            notes.append(
+                f"checkpoint.pt: {name} is not shown; expected finite slots (M, D) and one count of skipped writes."
+            )
             continue
         layer = name.removesuffix(".gamma").removesuffix(".memory")
         memories.append(Memory(layer, gamma.double().numpy(), int(skipped)))
@@ -437,7 +441,7 @@ def _curves(run: RunContent) -> str:
         return [series("validation", "validation", f"validation_{key}"), series("training", "train", f"train_{key}")]
 
     charts = [
-        line_chart("Loss (cross-entropy)", both("loss"), kept),
+        line_chart("Loss", both("loss"), kept),
         line_chart("Accuracy", both("accuracy"), kept, shares=True),
         line_chart("Learning rate", [series("learning rate", "single", "lr")], kept, from_zero=True),
         line_chart("Training images/s", [series("images/s", "single", "images_per_second")], kept, from_zero=True),
@@ -455,8 +459,8 @@ def _curves(run: RunContent) -> str:
     )
     return (
         f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
-        '<p class="pale">Training values are means over an epoch in which the weights moved, on augmented images; '
-        f"validation is at its end. The dotted line is the epoch whose weights are kept, {kept}.</p>"
+        '<p class="pale">The loss is the cross-entropy. Training values are means over an epoch in which the weights '
+        f"moved, on augmented images; validation is at its end. Dotted line: epoch {kept}, whose weights are kept.</p>"
         f'<details><summary>The numbers</summary><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
         "</details>"
     )
@@ -485,9 +489,9 @@ def _kinds(run: RunContent) -> str:
     return (
         f'<h2>By kind of question</h2><div class="scroll"><table><tr><th>kind</th><th></th>{head}</tr>'
         f"{''.join(rows)}</table></div>"
-        '<p class="pale">Bars are test accuracies from 0 to 100 %, their thick lines the 95 % intervals. Dotted lines: what '
-        "is right without looking at the image, by the most frequent training answer to this kind of question, or to "
-        "this very question.</p>"
+        '<p class="pale">Bars are test accuracies from 0 to 100 %, their thick lines the 95 % intervals. Thin lines: '
+        "what is right without looking at the image, by the most frequent training answer to this kind of question, or "
+        "to this very question.</p>"
     )
 
 
@@ -532,9 +536,9 @@ def _confusions(run: RunContent) -> str:
         f"<h2>Confusions on the {escape(split)} split</h2>"
         f'<p class="pale">{right.sum():,} of {totals.sum():,} right. Rows are true classes, columns what was answered; '
         "blue is right, orange is wrong, as opaque as the root of the share of the row.</p>"
-        f"{confusion_figure(confusion, classes)}"
-        f'<div class="columns"><div><h3>Most frequent confusions</h3>{frequent}</div>'
-        '<div><h3>Classes recognised least</h3><table><tr><th>class</th><th class="number">right</th>'
+        f'<div class="columns">{confusion_figure(confusion, classes)}'
+        f'<div class="scroll"><h3>Most frequent confusions</h3>{frequent}</div>'
+        '<div class="scroll"><h3>Classes recognised least</h3><table><tr><th>class</th><th class="number">right</th>'
         f'<th class="number">share</th></tr>{least}</table></div></div>'
     )
 
@@ -552,7 +556,7 @@ def _mistakes(run: RunContent) -> str:
         items.append(
             f"<figure>{picture(image, f'{true}, answered as {answered}')}<figcaption>{caption}"
             f'<div><span class="label">true</span> <b>{escape(true)}</b></div>'
-            f'<div><span class="label">answered</span> {escape(answered)}, {100 * probability:.1f} %</div>'
+            f'<div><span class="label">answered</span> {escape(answered)}, {100 * probability:.1f}&nbsp;%</div>'
             "</figcaption></figure>"
         )
     shown = f'<div class="mistakes">{"".join(items)}</div>' if items else "<p>No mistakes.</p>"
@@ -594,9 +598,9 @@ def _memory(run: RunContent) -> str:
         f'<h2>Memory of the kept weights</h2><div class="scroll"><table><tr><th>layer</th>{head}</tr>{"".join(rows)}'
         "</table></div>"
         '<p class="pale">Effective slots: exp of the entropy of the slots\' singular values, divided by their sum (Roy '
-        "and Vetterli, The effective rank, 2007): 1 where all slots are multiples of one, at most the lesser of slots and "
-        "width. Mean |cosine|: of every two different slots. Skipped writes: updates that were not finite and left the "
-        "memory as it was.</p>"
+        "and Vetterli, The effective rank, 2007): 1 where all slots are multiples of one, at most the lesser of slots "
+        "and width. Mean |cosine|: of every two different slots. Skipped writes: updates that were not finite and left "
+        "the memory as it was.</p>"
         f'<div class="layers">{"".join(layers)}</div>'
         f'<p class="pale">Slots: a row each, &minus;{number(largest)}<span class="scale"></span>{number(largest)}, one '
         "scale for all layers. Cosines: of every two slots, in the same order, &minus;1"
@@ -608,9 +612,9 @@ def _facts(title: str, facts: Mapping[str, Any]) -> str:
     if not facts:
         return ""
     rows = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{_value(value)}</td></tr>" for name, value in facts.items()
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{_value(value)}</dd></div>" for name, value in facts.items()
     )
-    return f'<h2>{title}</h2><table class="facts">{rows}</table>'
+    return f'<h2>{title}</h2><dl class="facts">{rows}</dl>'
 
 
 def _value(value: Any) -> str:
@@ -644,7 +648,7 @@ def _optional(path: Path, read: Any, notes: list[str]) -> Any:
     try:
         return read(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        notes.append(f"{path.name} is damaged, and left out: {error}")
+        notes.append(f"{path.name} is damaged, and left out: {shortened(str(error), 200)}")
         return None
 
 

@@ -182,10 +182,11 @@ def _confusion_table(confusion: np.ndarray, classes: Sequence[str]) -> str:
             f'<text{on} x="{x + cell // 2}" y="{y + cell // 2 + 4}" text-anchor="middle">{shown}</text></g>'
         )
     width, height = left + side + slope, top + side + 2
-    least = 330 if len(names) <= 10 else round(0.75 * width)
+    least = max(330, round(0.8 * width))
     return (
-        f'<div class="scroll"><svg class="confusion" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="confusion matrix" style="max-width:{width}px;min-width:{min(least, width)}px">'
+        f'<div class="scroll" style="max-width:{width}px;flex-basis:min({width}px,26rem)">'
+        f'<svg class="confusion" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="confusion matrix" style="min-width:{min(least, width)}px">'
         f"{''.join(parts)}</svg></div>"
     )
 
@@ -241,7 +242,7 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def shortened(name: str, most: int = 14) -> str:
+def shortened(name: str, most: int = 18) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
