@@ -78,7 +78,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         kept = f"; what was saved there before stays: {path}" if path.exists() else ""
-        raise OSError(f"train: cannot write {path.name}: {error}{kept}") from error
+        raise OSError(f"cannot write {path.name}: {error}{kept}") from error
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
