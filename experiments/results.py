@@ -18,6 +18,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from run_folder import write_atomically
+
 import ait
 
 NORMAL_QUANTILE_975 = 1.959963984540054
@@ -77,9 +79,9 @@ def git_revision() -> str | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object, one line a key: short, and kind to diffs."""
+    """Writes an object, one line a key: short, and kind to diffs; never half of it."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    write_atomically(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 
 def read_result(path: Path) -> dict[str, Any]:

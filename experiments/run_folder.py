@@ -27,6 +27,7 @@ RUN_FILES = (
     "result.json",
     "report.html",
     "events.out.tfevents.*",
+    "*.tmp",
 )
 
 
@@ -74,9 +75,11 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         kept = f"; what was saved there before stays: {path}" if path.exists() else ""
         raise OSError(f"cannot write {path.name}: {error}{kept}") from error
 

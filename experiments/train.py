@@ -91,10 +91,13 @@ class Progress:
     """Images a second of each epoch."""
     best: dict[str, Any] | None = None
     """Metrics of the epoch whose weights are kept."""
+    revisions: list[str | None] = field(default_factory=list)
+    """Commits of the code of each sitting, where it changed."""
 
     def next_epoch(self) -> Progress:
         """At the start of the next epoch."""
-        return Progress(epoch=self.epoch + 1, seconds=self.seconds, rates=self.rates, best=self.best)
+        kept = {"seconds": self.seconds, "rates": self.rates, "best": self.best, "revisions": self.revisions}
+        return Progress(epoch=self.epoch + 1, **kept)
 
 
 def train(config: Config, progress: bool = True) -> dict[str, Any]:
@@ -127,13 +130,18 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
         prepare_folder(config.out)
         write_json(config.out / "config.json", recorded(config))
         write_json(config.out / "environment.json", environment() | {"git_revision": revision})
+    revisions = run.progress.revisions
+    if not revisions or revisions[-1] != revision:
+        if revisions:
+            print(f"train: the run goes on with other code: {revisions[-1]} before, {revision} now", file=sys.stderr)
+        revisions.append(revision)
     tensorboard = open_tensorboard(config.out, run.progress.epoch)
 
     # The bar's first estimate of the time left comes with its first update; a log file gets a line every ten seconds.
     interval = 0.2 if sys.stderr.isatty() else 10
-    bar = tqdm(total=run.schedule.steps, desc=config.model, unit="batch", disable=not progress, mininterval=interval)
+    shown = {"desc": config.model, "unit": "batch", "disable": not progress, "mininterval": interval}
+    bar = tqdm(total=run.schedule.steps, initial=run.first_step(), **shown)
     with bar, Interrupt.watched() as interrupt:
-        bar.update(run.first_step())
         while run.progress.epoch <= config.epochs:
             metrics = train_epoch(run, bar, interrupt)
             loss, logits = evaluate(run.model, run.splits.validation, run.splits, config)
@@ -161,7 +169,7 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
             interrupt.check()
     if tensorboard is not None:
         tensorboard.close()
-    result = test(run, revision)
+    result = test(run)
     write_json(config.out / "result.json", result)
     if config.report:
         write_report(config.out)
@@ -179,7 +187,7 @@ class Run:
         self.config = config
         generated = {"fresh": config.fresh, "seed": config.seed}
         self.splits = load_images(config.data, config.data_dir, config.download, img_size=config.img_size, **generated)
-        # Without it, two runs of one command could be of different images.
+        # Other images with the same labels pass.
         self.data_digest = digest([self.splits.train.labels, self.splits.test.labels])
         images = len(self.splits.train)
         self.step_images = config.batch_size * config.accumulate
@@ -242,6 +250,7 @@ class Run:
             "epoch_generator": self.epoch_generator,
             "random": torch.get_rng_state(),
             "random_cuda": cuda,
+            "random_mps": [torch.mps.get_rng_state()] if self.device_type == "mps" else [],
             "data_digest": self.data_digest,
         }
         save_checkpoint(self.config.out / "last.pt", content)
@@ -264,6 +273,8 @@ class Run:
         torch.set_rng_state(saved["random"])
         if self.device_type == "cuda":
             torch.cuda.set_rng_state_all(saved["random_cuda"])
+        if self.device_type == "mps":
+            torch.mps.set_rng_state(saved["random_mps"][0])
 
 
 def train_epoch(run: Run, bar: tqdm, interrupt: Interrupt) -> dict[str, float]:
@@ -356,7 +367,7 @@ def evaluate(model: nn.Module, data: Any, splits: ImageSplits, config: Config) -
     return loss_sum / len(data), torch.cat(answers)
 
 
-def test(run: Run, revision: str | None) -> dict[str, Any]:
+def test(run: Run) -> dict[str, Any]:
     """Reads the test set, once, with the weights that were kept."""
     config, test_set, best = run.config, run.splits.test, run.progress.best
     assert best is not None
@@ -382,7 +393,8 @@ def test(run: Run, revision: str | None) -> dict[str, Any]:
         "seconds": run.progress.seconds,
         **question_results(run.splits, predictions),
         "config": recorded(config),
-        "git_revision": revision,
+        "git_revision": run.progress.revisions[0],
+        "git_revisions": run.progress.revisions,  # more than one where the run went on with other code
         "environment": environment(),
         "confusion": confusion_matrix(test_set, predictions).tolist(),  # rows: true class; columns: what was answered
     }
@@ -408,7 +420,7 @@ def make_model(config: Config, splits: ImageSplits) -> tuple[nn.Module, dict[str
         except (ValueError, SyntaxError):
             arguments[name] = text
     model = ait.create_model(config.model, **arguments)
-    if config.init_from is not None:
+    if config.init_from is not None and not config.resume:
         load_weights(model, config.init_from)
     return model, arguments
 
@@ -440,10 +452,14 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     try:
         result = train(config)
-    except Interrupt as interrupt:
+    except (Interrupt, KeyboardInterrupt) as interrupt:
+        folder = resolve(config).out
+        if not (folder / "last.pt").exists() or (folder / "result.json").exists():
+            raise SystemExit("\nStopped.") from interrupt
         arguments = [each for each in sys.argv if each not in ("--overwrite", "--resume")]
         command = shlex.join(["python", *arguments, "--resume"])
-        print(f"\nStopped; all is saved. To go on:\n  {command}", file=sys.stderr)
+        saved = "all is saved" if isinstance(interrupt, Interrupt) else "what was saved last stays"
+        print(f"\nStopped; {saved}. To go on:\n  {command}", file=sys.stderr)
         raise SystemExit(130) from interrupt
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error

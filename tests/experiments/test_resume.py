@@ -147,9 +147,33 @@ def test_nothing_to_resume_and_a_finished_run_are_errors(data_dir: Path, tmp_pat
     run_quietly(config)
     with pytest.raises(ValueError, match="expected an unfinished run to resume"):
         run_quietly(train_module.dataclasses.replace(config, resume=True))
-    for both in ({"overwrite": True}, {"init_from": Path("checkpoint.pt")}):
-        with pytest.raises(ValueError, match=r"expected --resume or --.*, got both"):
-            run_quietly(train_module.dataclasses.replace(config, resume=True, **both))
+    with pytest.raises(ValueError, match="expected --resume or --overwrite, got both"):
+        run_quietly(train_module.dataclasses.replace(config, resume=True, overwrite=True))
+
+
+def test_a_run_that_started_from_a_checkpoint_goes_on_with_the_same_options(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_quietly(tiny_config(data_dir, tmp_path / "first", epochs=1))
+    start = {"init_from": tmp_path / "first" / "checkpoint.pt", "epochs": 2}
+    run_quietly(tiny_config(data_dir, tmp_path / "whole", **start))
+    config = tiny_config(data_dir, tmp_path / "parts", **start)
+    _stopped(config, 3, monkeypatch)
+    run_quietly(train_module.dataclasses.replace(config, resume=True))
+    assert _lines(tmp_path / "parts") == _lines(tmp_path / "whole")
+
+
+def test_going_on_with_other_code_is_said_and_recorded(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revision = ["before"]
+    monkeypatch.setattr(train_module, "git_revision", lambda: revision[0])
+    config = tiny_config(data_dir, tmp_path, "vit_tiny")
+    _stopped(config, 1, monkeypatch)
+    revision[0] = "after"
+    result = run_quietly(train_module.dataclasses.replace(config, resume=True))
+    assert (result["git_revision"], result["git_revisions"]) == ("before", ["before", "after"])
+    assert "goes on with other code: before before, after now" in capsys.readouterr().err
 
 
 def test_an_altered_checkpoint_is_refused(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
