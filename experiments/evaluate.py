@@ -19,7 +19,7 @@ from run_folder import load_checkpoint
 from torch import Tensor, nn
 
 import ait
-from ait.data import ImageDataset, load_images
+from ait.data import LabelledImages, QuestionDataset, load_images
 
 try:
     import tyro
@@ -40,9 +40,9 @@ class Options:
     checkpoint: Path | None = None
     """checkpoint.pt of a run of train.py, in place of --pretrained."""
     data: str | None = None
-    """digits, cifar10 or cifar100: by default, and at most, what the weights were trained on."""
+    """By default, and at most, what the weights were trained on."""
     data_dir: Path | None = None
-    """Folder with the data (torchvision's, or contact sheets); the digits need none."""
+    """Folder with the data; what is generated, and the digits, need none."""
     download: bool = False
     """Let torchvision download the data into --data-dir if it is not there."""
     check_card: bool = False
@@ -68,16 +68,21 @@ def evaluate(options: Options) -> dict[str, Any]:
     if options.pretrained is not None:
         model = ait.create_model(options.model, pretrained=options.pretrained)
         config = ait.pretrained_config(f"{options.model}.{options.pretrained}")
-        weights, trained_on = config.name, config.data
+        weights, trained_on, img_size = config.name, config.data, None
     else:
         checkpoint = load_checkpoint(options.checkpoint)
         model = model_of(checkpoint, options.checkpoint)
+        if checkpoint["config"].get("blank_images"):
+            raise ValueError(
+                f"evaluate: expected a model that was shown its images, got {options.checkpoint} of a blind run"
+            )
+        img_size = checkpoint["config"].get("img_size")
         weights, trained_on = str(options.checkpoint), checkpoint["config"]["data"]
         if options.model not in (None, checkpoint["model"]):
             raise ValueError(f"evaluate: expected model {checkpoint['model']} for {weights}, got {options.model}")
     if options.data not in (None, trained_on):
         raise ValueError(f"evaluate: expected data {trained_on}, which {weights} was trained on, got {options.data}")
-    splits = load_images(trained_on, options.data_dir, options.download)
+    splits = load_images(trained_on, options.data_dir, options.download, img_size=img_size)
     correct = count_correct(
         model.to(options.device), splits.test, splits.normalize, batch_size=options.batch_size, device=options.device
     )
@@ -123,7 +128,7 @@ def model_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
 @torch.no_grad()
 def count_correct(
     model: nn.Module,
-    data: ImageDataset,
+    data: LabelledImages | QuestionDataset,
     normalize: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 128,
@@ -132,8 +137,8 @@ def count_correct(
     """Images whose largest logit is that of their class; leaves the model in evaluation mode."""
     model.eval()
     correct = 0
-    for images, labels in data.batches(batch_size):
-        logits = model(normalize(images.to(device)))  # (B, classes)
+    for images, *questions, labels in data.batches(batch_size):
+        logits = model(normalize(images.to(device)), *(each.to(device) for each in questions))  # (B, classes)
         correct += int((logits.argmax(1).cpu() == labels).sum())
     return correct
 

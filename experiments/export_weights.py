@@ -79,7 +79,7 @@ def export(options: Options) -> PretrainedConfig:
         )
     tensors = rounded(model)
     model.load_state_dict(tensors)
-    splits = load_images(result["data"], options.data_dir)
+    splits = load_images(result["data"], options.data_dir, img_size=checkpoint["config"].get("img_size"))
     correct = count_correct(model, splits.test, splits.normalize)
     config = PretrainedConfig(
         model=result["model"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,11 @@ def load_images(
         else:
             train, test = known.load(data_dir, **arguments)
         train, validation = train.split(VALIDATION_FRACTION, SPLIT_SEED)
+    if len(validation) == 0:
+        least = math.ceil(0.5 / VALIDATION_FRACTION) + 1
+        raise ValueError(
+            f"{name}: expected at least {least} training images, a tenth of which is validation, got {len(train)}"
+        )
     _named(validation, f"{name} validation")
     augmentation = (known.crop_padding, known.flip, known.crop_probability)
     return ImageSplits(train, validation, test, known.mean, known.std, *augmentation, make_fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +105,13 @@ def test_missing_folders_say_how_to_get_the_data(name: str) -> None:
     for folder in (None, "nowhere"):
         with pytest.raises(FileNotFoundError, match=rf"{name}: expected .*(To get it|will do)"):
             load_images(name, folder)
+
+
+def test_too_few_images_for_validation_are_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+    with pytest.raises(ValueError, match="image_folder: expected at least 6 training images, a tenth of which"):
+        load_images("image_folder", tmp_path, img_size=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -137,3 +138,19 @@ def test_the_card_s_figure_allows_a_tenth_of_a_point() -> None:
 def test_what_cannot_be_tested_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(Options(**options))
+
+
+def test_questions_are_put_to_the_model_and_a_blind_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ait.data import splits
+
+    small = {"sort_of_clevr": dataclasses.replace(splits._SETS["sort_of_clevr"], sizes=(20, 4))}
+    monkeypatch.setattr(splits, "_SETS", splits._SETS | small)
+    options = {"data": "sort_of_clevr", "patch_size": 25, "epochs": 1}
+    result = run_quietly(tiny_config(tmp_path, tmp_path / "seeing", "vit_tiny", **options))
+    again = evaluate(Options(checkpoint=tmp_path / "seeing" / "checkpoint.pt"))
+    assert (again["test_correct"], again["test_images"]) == (result["test_correct"], 120)
+    run_quietly(tiny_config(tmp_path, tmp_path / "blind", "vit_tiny", blank_images=True, **options))
+    with pytest.raises(ValueError, match="expected a model that was shown its images"):
+        evaluate(Options(checkpoint=tmp_path / "blind" / "checkpoint.pt"))
