@@ -22,8 +22,8 @@ def test_both_models_are_trained_and_drawn_and_a_second_demo_replaces_the_first(
 ) -> None:
     real = train_module.load_images
 
-    def few_images(*arguments: Any) -> Any:
-        splits = real(*arguments)
+    def few_images(*arguments: Any, **options: Any) -> Any:
+        splits = real(*arguments, **options)
         return dataclasses.replace(splits, train=splits.train.split(0.1)[1])
 
     monkeypatch.setattr(train_module, "load_images", few_images)
