@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import report as report_module
 import torch
-from report import Memory, read_run, write_report
+from report import write_report
+from report_content import Memory, read_run
 from report_figures import data_uri, line_chart, nice_ticks
 from results import wilson_interval
 
