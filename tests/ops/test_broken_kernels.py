@@ -13,11 +13,22 @@ import pytest
 
 from tests.ops.common import ROOT, needs_kernels
 
-# Operator: (what the sources say, what they should better not say, which tests are to fail).
+# Operator: (file, what it says, what it should better not say, which tests are to fail).
 SLIPS = {
-    "bottleneck_select": ("kept += key >= low;", "kept += key > low;", "ties or equal_logits"),
-    "bottleneck_attend": ("C sum = a.part_sum[part] * scale;", "C sum = a.part_sum[part];", "match_the_reference"),
+    "bottleneck_select": (
+        "bottleneck_select_kernel.cpp",
+        "kept += key >= low;",
+        "kept += key > low;",
+        "ties or equal_logits",
+    ),
+    "bottleneck_attend": (
+        "bottleneck_attend_kernel.cpp",
+        "C sum = a.part_sum[part] * scale;",
+        "C sum = a.part_sum[part];",
+        "match_the_reference",
+    ),
     "hopfield_retrieve": (
+        "hopfield_retrieve_tile.h",
         "m < whole + V::size; ++m) weights[m] = -INFINITY;",
         "m < whole + V::size; ++m) weights[m] = 0;",
         "reference and not compiled",
@@ -42,8 +53,8 @@ def broken_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("ait", "csrc", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for operator, (right, wrong, _) in SLIPS.items():
-        path = target / "csrc" / "cpu" / f"{operator}_kernel.cpp"
+    for file, right, wrong, _ in SLIPS.values():
+        path = target / "csrc" / "cpu" / file
         text = path.read_text()
         assert text.count(right) == 1, f"{path.name} has changed: choose another slip than that of {right!r}"
         path.write_text(text.replace(right, wrong))
@@ -60,7 +71,7 @@ def broken_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wrong_kernel_fails_its_tests(operator: str, broken_package: Path) -> None:
     where = run([sys.executable, "-c", "import ait; print(ait.__file__)"], broken_package)
     assert Path(where.stdout.strip()).is_relative_to(broken_package), where.stdout + where.stderr
-    pytest_options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-k", SLIPS[operator][2]]
+    pytest_options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-k", SLIPS[operator][3]]
     command = [sys.executable, "-m", "pytest", *pytest_options, f"tests/ops/test_{operator}.py"]
     result = run(command, broken_package)
     # Code 1 is "tests were run and some failed": not an import error, not a crash, not an empty selection.
