@@ -99,16 +99,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
         Raises:
             ValueError: ``batch_size < 1``.
         """
-        if batch_size < 1:
-            raise ValueError(f"{self.name}: expected a batch size of at least 1, got {batch_size!r}")
+        check_batch_size(batch_size, self.name)
         return self._batches(batch_size, generator, drop_last)
 
     def _batches(
         self, batch_size: int, generator: torch.Generator | None, drop_last: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        stop = len(self) - len(self) % batch_size if drop_last else len(self)
-        batches = [order[start : start + batch_size] for start in range(0, stop, batch_size)]
+        batches = batch_indices(len(self), batch_size, generator, drop_last)
         for chosen, images in zip(batches, self._take(batches), strict=True):
             yield images, self.labels[chosen]
 
@@ -152,6 +149,19 @@ class ImageDataset(LabelledImages):
 
     def _take(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         return (self.images[chosen] for chosen in batches)
+
+
+def check_batch_size(batch_size: int, name: str) -> None:
+    """A ValueError that begins with ``name`` where ``batch_size < 1``."""
+    if batch_size < 1:
+        raise ValueError(f"{name}: expected a batch size of at least 1, got {batch_size!r}")
+
+
+def batch_indices(count: int, batch_size: int, generator: torch.Generator | None, drop_last: bool) -> list[Tensor]:
+    """Indices of the items of each batch, ``(B,)`` int64; in stored order, or in one that ``generator`` draws."""
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    stop = count - count % batch_size if drop_last else count
+    return [order[start : start + batch_size] for start in range(0, stop, batch_size)]
 
 
 def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:

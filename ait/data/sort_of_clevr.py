@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ait.data._random import image_count, seeded, whole_number
-from ait.data.dataset import stratified_choice
+from ait.data.dataset import batch_indices, check_batch_size, stratified_choice
 
 if TYPE_CHECKING:
     from typing import Self
@@ -158,17 +158,13 @@ class QuestionDataset(Dataset[tuple[Tensor, Tensor, int]]):
         Raises:
             ValueError: ``batch_size < 1``.
         """
-        if batch_size < 1:
-            raise ValueError(f"{self.name}: expected a batch size of at least 1, got {batch_size!r}")
+        check_batch_size(batch_size, self.name)
         return self._batches(batch_size, generator, drop_last)
 
     def _batches(
         self, batch_size: int, generator: torch.Generator | None, drop_last: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        stop = len(self) - len(self) % batch_size if drop_last else len(self)
-        for start in range(0, stop, batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batch_indices(len(self), batch_size, generator, drop_last):
             yield self.images[self.image_index[chosen]], self.questions[chosen].float(), self.labels[chosen]
 
 
