@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,15 @@ from evaluate import Options, check_card, evaluate
 
 import ait
 from ait.models import pretrained
-from tests.experiments.tiny import run_quietly, tiny_config, write_tiny_cifar
+from tests.experiments.tiny import run_quietly, tiny_config
 
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_cifar(tmp_path_factory.mktemp("data") / "tiny")
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture(scope="module")
 def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, run_quietly(tiny_config(data_dir, out))
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _export(run: Path, data_dir: Path, out: Path, **changes: Any) -> ait.models.PretrainedConfig:

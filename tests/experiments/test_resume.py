@@ -24,14 +24,9 @@ from interrupt import Interrupt
 from run_folder import digest, load_checkpoint, save_checkpoint, write_atomically
 from train import Config
 
-from tests.experiments.tiny import TINY_MODEL, TINY_WORKSPACE, run_quietly, tiny_config, write_tiny_cifar
+from tests.experiments.tiny import TINY_MODEL, TINY_WORKSPACE, run_quietly, tiny_config
 
 BY_THE_CLOCK = ("images_per_second", "seconds")
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_cifar(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:

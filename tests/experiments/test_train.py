@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,11 @@ from train import RECIPES, Config, Schedule, check, resolve
 
 import ait
 from ait.data import list_images
-from tests.experiments.tiny import TINY_MODEL, run_quietly, tiny_config, write_tiny_cifar
+from tests.experiments.tiny import TINY_MODEL, run_quietly, tiny_config
+
+pytestmark = pytest.mark.usefixtures("threads")
 
 SCRIPT = Path(train_module.__file__)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_cifar(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +33,6 @@ def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The folder and the result of a finished run of ait_tiny."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, run_quietly(tiny_config(data_dir, out))
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Runs that set the number of threads set it for this test alone."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
