@@ -33,7 +33,7 @@ env: $(ENVIRONMENT)  ## make the environment in .venv
 
 $(STATE): $(ENVIRONMENT) $(SOURCES)
 	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13"
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[data,train,viz,dev]"
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[data,timm,hf,train,viz,dev]"
 	@mkdir -p $(dir $@) && touch $@
 
 build: $(STATE)  ## environment, and the package built in place
