@@ -17,8 +17,9 @@ from typing import Any
 import baselines
 import torch
 import tyro
-from operators import Problem, Shape, machine
+from operators import machine
 from timing import by_turns
+from workloads import Problem, Shape
 
 from ait._C import run_fma_peak
 

@@ -41,6 +41,11 @@ class Rounds:
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return Spread.of([own / other for own, other in pairs])
 
+    def with_difference(self, name: str, whole: str, part: str) -> Rounds:
+        """These rounds and a further function: what ``whole`` took longer than ``part`` in the same round."""
+        pairs = zip(self.seconds[whole], self.seconds[part], strict=True)
+        return Rounds(self.seconds | {name: [all_of_it - one for all_of_it, one in pairs]})
+
     def fastest(self, *names: str) -> str:
         """The one of ``names`` with the least median time."""
         return min(names, key=lambda name: self.time(name).median)

@@ -1,0 +1,271 @@
+"""The comparisons of the benchmark, section by section: each yields the rows of its part of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import baselines
+import torch
+from peak_memory import peak_bytes
+from table import Row, Target, gflops, gigabytes
+from timing import Spread, by_turns
+from workloads import Problem, Shape, distributions, training_step
+
+import ait
+from ait._C import run_fma_peak
+from ait.ops import bottleneck_select, hopfield_retrieve
+
+
+@dataclass
+class Config:
+    """What to measure."""
+
+    sections: tuple[str, ...] = ("select", "write", "hopfield", "small", "blocks", "models", "memory", "long")
+    """Which parts to run, of: select, write, hopfield, small, blocks, models, memory, long."""
+    rounds: int = 7
+    """Rounds of each comparison."""
+    threads: int | None = None
+    """Threads; torch's default otherwise."""
+    compile: bool = True
+    """Also time the baselines under torch.compile."""
+    tokens: int = 32768
+    """T, tokens of the default shape."""
+    out: Path | None = None
+    """JSON file for all figures; the table goes beside it, as Markdown."""
+
+
+Write = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def compiled(name: str, function: Callable[..., Any], config: Config) -> dict[str, Callable[..., Any]]:
+    """The function as it is, and compiled if the configuration says so."""
+    variants = {f"{name} eager": function}
+    return variants | ({f"{name} compiled": torch.compile(function, dynamic=False)} if config.compile else {})
+
+
+def select(config: Config) -> Iterator[Row]:
+    shape = Shape(tokens=config.tokens)
+    problem, flops = Problem(shape), shape.product_flops
+    query = torch.randn(1, shape.num_heads * shape.num_slots, shape.dim)
+    columns = query[0].T.contiguous()
+    rounds = by_turns(
+        {
+            "P": lambda: run_fma_peak(flops),
+            "select": lambda: bottleneck_select(query, problem.tokens, shape.k),
+            "mm": lambda: torch.mm(problem.tokens, columns),
+            "mm+topk": lambda: torch.mm(query[0], problem.tokens.T).topk(shape.k, sorted=False),
+        },
+        config.rounds,
+    )
+    speeds = {name: gflops(flops, rounds.time(name).median) for name in ("P", "select", "mm")}
+    note = f"P: {speeds['P']}"
+    yield Row(
+        "P / bottleneck_select",
+        rounds.ratio("P", "select"),
+        Target(">=", 0.75, 0.88),
+        speeds["select"],
+        note,
+        str(shape),
+    )
+    yield Row("P / mm, a bare torch.mm", rounds.ratio("P", "mm"), None, speeds["mm"])
+    yield Row("mm + topk / bottleneck_select", rounds.ratio("mm+topk", "select"))
+    yield from _selection_alone(config, shape)
+    half = problem.tokens.bfloat16()
+    rounds = by_turns(
+        {
+            "float32": lambda: bottleneck_select(query, problem.tokens, shape.k),
+            "bfloat16": lambda: bottleneck_select(query, half, shape.k, selection_dtype=torch.bfloat16),
+        },
+        config.rounds,
+    )
+    speed = gflops(flops, rounds.time("bfloat16").median)
+    what = "select, float32 / bfloat16 (selection_dtype)"
+    yield Row(what, rounds.ratio("float32", "bfloat16"), Target(">=", 1.5, 2), speed)
+
+
+def _selection_alone(config: Config, shape: Shape) -> Iterator[Row]:
+    """Selection without the product, on one thread."""
+    rows, threads = 64, torch.get_num_threads()
+    query = torch.ones(rows, 1, 1)
+    torch.set_num_threads(1)
+    for name, logits_TR in distributions(shape.tokens, rows).items():
+        tokens, logits_RT = logits_TR.unsqueeze(-1), logits_TR.T.contiguous()
+        rounds = by_turns(
+            {
+                "ours": lambda tokens=tokens: bottleneck_select(query, tokens, shape.k),
+                "topk": lambda logits=logits_RT: logits.topk(shape.k, dim=-1, sorted=False),
+            },
+            config.rounds,
+        )
+        target = Target(">=", 7 if name == "normal" else 5, 10)
+        speed = gigabytes(logits_RT.nbytes, rounds.time("ours").median)
+        yield Row(f"selection alone, {name}: topk / ours", rounds.ratio("topk", "ours"), target, speed, "one thread")
+    torch.set_num_threads(threads)
+
+
+def write(config: Config) -> Iterator[Row]:
+    shape = Shape(tokens=config.tokens)
+    problem, flops = Problem(shape), shape.product_flops
+    writes: dict[str, Write] = {"ours": baselines.ours_write}
+    writes |= compiled("batched", baselines.batched_write, config)
+    writes |= compiled("published", baselines.published_write, config)
+    functions = {"P": lambda: run_fma_peak(flops), "ours forward": problem.forward(baselines.ours_write)}
+    functions |= {name: problem.forward_and_backward(write) for name, write in writes.items()}
+    rounds = by_turns(functions, config.rounds)
+    speed = gflops(flops, rounds.time("ours forward").median)
+    target = Target("<=", 1.65, 1.35)
+    yield Row("write, forward / P", rounds.ratio("ours forward", "P"), target, speed, shape=str(shape))
+    rounds = rounds.with_difference("ours backward", "ours", "ours forward")
+    note = "forward + backward less forward"
+    yield Row("write, backward / P", rounds.ratio("ours backward", "P"), Target("<=", 1.2, 0.8), note=note)
+    for baseline, target in (("batched", Target(">=", 5, 7)), ("published", Target(">=", 10, 14))):
+        best = rounds.fastest(*[name for name in writes if name.startswith(baseline)])
+        what = f"write, forward + backward: {baseline} / ours"
+        yield Row(what, rounds.ratio(best, "ours"), target, f"{rounds.time('ours').median * 1e3:.0f} ms", best)
+
+
+def hopfield(config: Config) -> Iterator[Row]:
+    tokens, dim, slots = config.tokens, 768, 32
+    torch.manual_seed(0)
+    state, patterns, grad = torch.randn(tokens, dim), torch.randn(slots, dim) / dim**0.5, torch.randn(tokens, dim)
+    leaf_state, leaf_patterns = state.clone().requires_grad_(), patterns.clone().requires_grad_()
+    # In: the state, and for the backward its gradient, too. Out: as large as the state.
+    forward_bytes, backward_bytes = 2 * state.nbytes, 3 * state.nbytes
+
+    def forward(retrieve: Callable[..., torch.Tensor], steps: int) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return retrieve(state, patterns, 1.0, steps)
+
+        return run
+
+    def both(retrieve: Callable[..., torch.Tensor], steps: int) -> Callable[[], object]:
+        def run() -> object:
+            leaf_state.grad = leaf_patterns.grad = None
+            return retrieve(leaf_state, leaf_patterns, 1.0, steps).backward(grad)
+
+        return run
+
+    for steps in (1, 3, 10):
+        retrievals: dict[str, Callable[..., torch.Tensor]] = {"ours": lambda *args: hopfield_retrieve(*args)[0]}
+        retrievals |= compiled("plain", baselines.plain_retrieve, config)
+        if steps > 1:
+            retrievals |= compiled("Gram", baselines.gram_retrieve, config)
+        functions = {name: forward(run, steps) for name, run in retrievals.items()}
+        functions |= {f"{name} both": both(run, steps) for name, run in retrievals.items()}
+        functions["copy"] = state.clone
+        rounds, others = by_turns(functions, config.rounds), [name for name in retrievals if name != "ours"]
+        for name in retrievals:
+            rounds = rounds.with_difference(f"{name} backward", f"{name} both", name)
+        best, shape = rounds.fastest(*others), f"T={tokens} E={dim} M={slots}"
+        yield Row(
+            f"hopfield, {steps} steps, forward: PyTorch / ours",
+            rounds.ratio(best, "ours"),
+            Target(">=", 2, 3),
+            gigabytes(forward_bytes, rounds.time("ours").median),
+            best,
+            shape,
+        )
+        what, speed = f"hopfield, {steps} steps, forward: state.clone() / ours", rounds.time("copy").median
+        yield Row(what, rounds.ratio("copy", "ours"), None, f"clone: {gigabytes(forward_bytes, speed)}")
+        best = rounds.fastest(*[f"{name} backward" for name in others])
+        yield Row(
+            f"hopfield, {steps} steps, backward: PyTorch / ours",
+            rounds.ratio(best, "ours backward"),
+            Target(">=", 1.5, 2),
+            gigabytes(backward_bytes, rounds.time("ours backward").median),
+            best,
+        )
+
+
+def small(config: Config) -> Iterator[Row]:
+    for tokens, dim, k in ((256, 64, 64), (256, 128, 64), (1024, 128, 64), (4096, 192, 64), (8192, 128, 128)):
+        shape = Shape(tokens=tokens, dim=dim, k=k)
+        problem = Problem(shape)
+        writes: dict[str, Write] = {"ours": baselines.ours_write}
+        writes |= compiled("batched", baselines.batched_write, config)
+        functions = {name: problem.forward_and_backward(write) for name, write in writes.items()}
+        rounds = by_turns(functions, 5 * config.rounds, warm_up=3)
+        best = rounds.fastest(*[name for name in writes if name != "ours"])
+        what, milliseconds = "small write, both ways: batched / ours", f"{rounds.time('ours').median * 1e3:.2f} ms"
+        yield Row(what, rounds.ratio(best, "ours"), Target(">=", 1, 2), milliseconds, best, str(shape))
+
+
+def blocks(config: Config) -> Iterator[Row]:
+    for dim, images, gate in ((768, 32, 1.05), (192, 128, 1.2)):
+        torch.manual_seed(0)
+        # One block at patch 4 on 32 x 32 images: 64 tokens an image. Patch embedding and head are the same in both.
+        models = {name: ait.create_model(f"{name}_base", embed_dim=dim, depth=1) for name in ("ait", "vit")}
+        inputs = torch.randn(images, 3, 32, 32)
+        rounds = by_turns({name: training_step(model, inputs) for name, model in models.items()}, 3 * config.rounds)
+        what, milliseconds = "training step of one block: AiT / ViT", f"{rounds.time('ait').median * 1e3:.0f} ms"
+        yield Row(what, rounds.ratio("ait", "vit"), Target("<=", gate), milliseconds, shape=f"E={dim} T={images * 64}")
+
+
+def models(config: Config) -> Iterator[Row]:
+    for name, size, patch, channels in (("digits", 8, 2, 1), ("Triangle", 64, 32, 3)):
+        torch.manual_seed(0)
+        options = dict(img_size=size, patch_size=patch, in_chans=channels, num_classes=10)
+        pair = {kind: ait.create_model(f"{kind}_tiny", **options) for kind in ("ait", "vit")}
+        inputs = torch.randn(64, channels, size, size)
+        steps = {kind: training_step(model, inputs) for kind, model in pair.items()}
+        rounds = by_turns(steps, 5 * config.rounds, warm_up=3)
+        what = f"training step, {name}: ait_tiny / vit_tiny"
+        milliseconds = f"{rounds.time('ait').median * 1e3:.1f} ms"
+        yield Row(what, rounds.ratio("ait", "vit"), Target("<=", 1.6, 1.25), milliseconds, shape="64 images")
+
+
+def memory(config: Config) -> Iterator[Row]:
+    """Megabytes at the peak beyond inputs, outputs and the gradient of the tokens."""
+    shape = Shape(tokens=config.tokens)
+    problem = Problem(shape)
+    run = problem.forward_and_backward(baselines.ours_write)
+    yield from _extra_megabytes("write, both ways", run, problem.tokens.nbytes, Target("<=", 40), str(shape))
+    query, tokens = torch.randn(1, 256, 64), torch.randn(1 << 20, 64)
+    outputs = 256 * 512 * (4 + 8)
+    shown = "T=1048576 E=64 R=256 k=512"
+    select_long = lambda: bottleneck_select(query, tokens, 512)  # noqa: E731
+    yield from _extra_megabytes("bottleneck_select", select_long, outputs, Target("<=", 64), shown)
+
+
+def _extra_megabytes(
+    what: str, function: Callable[[], object], own_bytes: int, target: Target, shape: str
+) -> Iterator[Row]:
+    peak = peak_bytes(function)
+    if peak is None:
+        return
+    extra = (peak - own_bytes) / 1e6
+    yield Row(f"extra memory, {what} (MB)", Spread(extra, extra, extra), target, shape=shape)
+
+
+def long(config: Config) -> Iterator[Row]:
+    torch.manual_seed(0)
+    dim, rows, tokens = 64, 256, 1 << 20
+    query, pool = torch.randn(1, rows, dim), torch.randn(tokens, dim)
+    rounds = by_turns(
+        {
+            "long": lambda: bottleneck_select(query, pool, 512),
+            "an eighth": lambda: bottleneck_select(query, pool[: tokens // 8], 512),
+        },
+        config.rounds,
+    )
+    ratio = rounds.ratio("long", "an eighth")
+    per_token = Spread(ratio.median / 8, ratio.low / 8, ratio.high / 8)
+    speed = gflops(2.0 * tokens * rows * dim, rounds.time("long").median)
+    shape = f"T={tokens} E={dim} R={rows}"
+    yield Row("time a token, T = 1,048,576 / 131,072", per_token, Target("<=", 1.15), speed, shape=shape)
+
+
+SECTIONS: dict[str, Callable[[Config], Iterator[Row]]] = {
+    "select": select,
+    "write": write,
+    "hopfield": hopfield,
+    "small": small,
+    "blocks": blocks,
+    "models": models,
+    "memory": memory,
+    "long": long,
+}
