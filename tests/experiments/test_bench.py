@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from baselines import batched_write, gram_retrieve, ours_write, plain_retrieve, published_write
+from peak_memory import peak_bytes
+from sections import SECTIONS, Config
+from table import Row, Target
 from timing import Rounds, Spread, by_turns
+from workloads import distributions
 
 from ait.nn.writer import BottleneckWriter
 from ait.ops import hopfield_retrieve
@@ -59,3 +63,46 @@ def test_ratio_is_taken_within_each_round():
     rounds = Rounds({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 3.0]})
     assert rounds.ratio("a", "b") == Spread(median=1.0, low=0.75, high=1.5)
     assert rounds.fastest("a", "b") == "a"
+
+
+def test_difference_is_taken_within_each_round():
+    rounds = Rounds({"both": [3.0, 30.0], "forward": [1.0, 10.0]}).with_difference("backward", "both", "forward")
+    assert rounds.seconds["backward"] == [2.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "verdict"),
+    [
+        (Target(">=", 2, 3), 2.0, "met"),
+        (Target(">=", 2, 3), 1.99, "MISSED"),
+        (Target("<=", 1.2), 1.2, "met"),
+        (Target("<=", 1.2), 1.21, "MISSED"),
+        (None, 1.0, ""),
+    ],
+)
+def test_verdict_follows_the_gate(target, value, verdict):
+    row = Row("what", Spread(value, value, value), target)
+    assert row.verdict == verdict == row.record()["verdict"]
+    assert row.markdown().count("|") == 8
+
+
+def test_peak_memory_counts_what_is_freed_before_the_end():
+    def allocate_and_free() -> None:
+        torch.ones(32 << 20)  # 128 MiB
+
+    peak = peak_bytes(allocate_and_free)
+    if peak is None:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    assert 120 << 20 < peak < 160 << 20
+
+
+def test_hard_distributions_are_what_their_names_say():
+    logits = distributions(64, 2)
+    assert logits["ascending"].diff(dim=0).min() > 0 > logits["descending"].diff(dim=0).max()
+    assert (logits["equal high bits"].view(torch.int32) >> 12).unique().numel() <= 2
+    assert 0 < logits["denormal"].max() < torch.finfo(torch.float32).tiny
+    assert logits["NaN"].isnan().all() and (logits["one giant"] > 0).sum() == 2
+
+
+def test_every_section_named_in_the_defaults_exists():
+    assert set(Config().sections) == set(SECTIONS)
