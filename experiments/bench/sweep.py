@@ -33,7 +33,8 @@ LABELS = {"tokens": "tokens T", "k": "capacity k", "num_slots": "slots M", "dim"
 # Okabe and Ito's colours, told apart by everyone.
 STYLES = {
     "ait": ("#0072B2", "o", "ait"),
-    "batched": ("#E69F00", "s", "batched heads, PyTorch eager"),
+    "batched": ("#E69F00", "s", "batched heads, PyTorch"),
+    "published": ("#CC79A7", "^", "published loop, PyTorch"),
     "limit": ("#999999", None, "limit: one product at peak (P)"),
 }
 
@@ -59,6 +60,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
         {
             "ait": problem.forward_and_backward(baselines.ours_write),
             "batched": problem.forward_and_backward(baselines.batched_write),
+            "published": problem.forward_and_backward(baselines.published_write),
             "limit": lambda: run_fma_peak(shape.product_flops),
         },
         rounds,
