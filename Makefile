@@ -16,7 +16,7 @@ CLANG_FORMAT := -c 'import clang_format; clang_format.clang_format()'
 CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint format bench dist clean
+.PHONY: help env build demo test lint format bench docs dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -58,9 +58,12 @@ format: $(STATE)  ## format the sources in place
 bench: build  ## the operators against plain PyTorch
 	$(PYTHON) experiments/bench/operators.py
 
+docs: $(STATE)  ## the documentation, as a site in site/
+	$(PYTHON) -m mkdocs build --strict
+
 dist: $(STATE)  ## source distribution and wheel in dist/
 	$(PYTHON) -m build --no-isolation --outdir dist .
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build dist runs *.egg-info ait/*.so ait/_build_info.py .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist runs site *.egg-info ait/*.so ait/_build_info.py .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

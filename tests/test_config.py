@@ -50,11 +50,3 @@ def test_instruction_set_follows_the_environment_and_is_told(setting: str, expec
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": setting}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.stdout.startswith(f"{expected} "), result.stderr
-
-
-def test_python_examples_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})

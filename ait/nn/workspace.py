@@ -320,13 +320,11 @@ class GlobalWorkspaceLayer(nn.Module):
     """Global Workspace Layer: feed-forward, then the shared workspace; it takes the place of a block's MLP.
 
     ``f = LN(fc2(GELU(fc1(x))))``, output ``workspace(f) + f``. The input is normalised by the block (pre-norm), and
-    the residual to ``x`` is the block's.
+    the residual to ``x`` is the block's. All arguments but the first two are those of :class:`GlobalWorkspace`.
 
     Args:
         dim: token width ``E``.
         hidden_dim: width between ``fc1`` and ``fc2``, ``4 * dim`` by default.
-        num_slots, slot_dim, num_heads, top_k, top_k_ratio, memory, semantics, reader, alpha, beta, steps, tol,
-        balance_weight, write_dropout, selection_dtype, generator, device, dtype: see :class:`GlobalWorkspace`.
 
     Raises:
         ValueError: an argument is not as above.
