@@ -50,6 +50,7 @@ class ForwardPass(NamedTuple):
     training: bool
     grad_enabled: bool  # False in the first pass of reentrant checkpointing
     balance_grad: BalanceGradient  # that reached this pass's balance loss
+    mask: Tensor | None = None  # (T,), where a recompute is not given it again
     is_recompute: bool = False
 
 
@@ -203,6 +204,7 @@ def _choose(candidates: list[ForwardRecord], fingerprint: Tensor) -> ForwardPass
     chosen = torch.argmin(distance).view(1)
     stored = torch.stack([p.stored for p in passes]).index_select(0, chosen).squeeze(0)
     similar = distance.index_select(0, chosen) <= SIMILAR * scale
+    mask = _choose_mask([p.mask for p in passes], chosen)
 
     # By the time of a recompute the gradients of the balance losses have come; asking later would go through all
     # recomputes before this one, over and over.
@@ -215,5 +217,15 @@ def _choose(candidates: list[ForwardRecord], fingerprint: Tensor) -> ForwardPass
     return best._replace(
         stored=torch.where(similar, stored, torch.nan),
         balance_grad=balance_grad,
+        mask=mask,
         is_recompute=True,
     )
+
+
+def _choose_mask(masks: list[Tensor | None], chosen: Tensor) -> Tensor | None:
+    """The mask at ``chosen (1,)``; no mask and one of nothing but False are the same."""
+    present = next((mask for mask in masks if mask is not None), None)
+    if present is None:
+        return None
+    filled = torch.stack([torch.zeros_like(present) if mask is None else mask for mask in masks])
+    return filled.index_select(0, chosen).squeeze(0)

@@ -141,6 +141,8 @@ class GlobalWorkspace(nn.Module):
         tol = check_number(name, "tol", tol, "[0, inf)")
         write_dropout = check_number(name, "write_dropout", write_dropout, "[0, 1)")
         self.frozen = False
+        # Whether the mask comes from outside of what is checkpointed. A recompute then takes its forward pass's own.
+        self.mask_is_ambient = False
         self._requires_grad_before: dict[str, bool] = {}
         self._kept_loss = KeptLoss()
         self._records = ForwardRecords()
@@ -238,6 +240,8 @@ class GlobalWorkspace(nn.Module):
     def _write_and_read(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retrieved tokens ``(T, E)`` and the balance loss."""
         this = self._begin(tokens, mask)
+        if this.is_recompute and self.mask_is_ambient:
+            mask = this.mask
         memory = self.memory.as_read(this.stored)
         loss = memory.new_zeros(())
         if this.writes:
@@ -256,7 +260,8 @@ class GlobalWorkspace(nn.Module):
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> ForwardPass:
         """What this pass reads: the memory as it is now, or, in a recompute, what its forward pass read."""
         recorded = self.writer is not None and not torch.compiler.is_compiling()
-        repeated = self._records.find(tokens, mask) if recorded else None
+        given_mask = None if self.mask_is_ambient else mask
+        repeated = self._records.find(tokens, given_mask) if recorded else None
         if repeated is not None:
             return repeated
         this = ForwardPass(
@@ -265,9 +270,10 @@ class GlobalWorkspace(nn.Module):
             training=self.training,
             grad_enabled=torch.is_grad_enabled(),
             balance_grad=BalanceGradient(),
+            mask=mask if self.mask_is_ambient else None,
         )
         if recorded:
-            self._records.add(tokens, mask, this)
+            self._records.add(tokens, given_mask, this)
         return this
 
     def _keep(self, loss: Tensor, this: ForwardPass) -> None:
