@@ -3,6 +3,7 @@
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
+from ait.integrations import insert_workspace, remove_workspace
 from ait.models import (
     AssociativeTransformer,
     VisionTransformer,
@@ -26,10 +27,12 @@ __all__ = [
     "count_parameters",
     "create_model",
     "freeze_memory",
+    "insert_workspace",
     "list_models",
     "list_pretrained",
     "ops",
     "pretrained_config",
+    "remove_workspace",
     "reset_memory",
     "show_config",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,29 @@ from ait.ops._checks import check_positive_int, op_error
 
 GATED_MODES = ("wrap", "parallel")
 CHILD_NAME = "global_workspace"  # the child that a host's block gains in the gated modes
+
+REPLICA = (
+    "InsertedWorkspace: expected a model that is not in torch.nn.DataParallel, got one of its replicas: each would "
+    "write a memory of its own, and lose it; use torch.nn.parallel.DistributedDataParallel"
+)
+
+
+class Insertion(NamedTuple):
+    """How a module came into its host.
+
+    Args:
+        layer: number of the block, in forward order.
+        block_class: class name of the block.
+        host_parameters: parameters of the block's own MLP.
+        host_flops: floating-point operations of its matrix products, a token.
+        arguments: of :func:`ait.insert_workspace`, as JSON has them; the same for all layers of a host.
+    """
+
+    layer: int
+    block_class: str
+    host_parameters: int
+    host_flops: int
+    arguments: dict[str, Any]
 
 
 class InsertedWorkspace(nn.Module):
@@ -56,6 +79,8 @@ class InsertedWorkspace(nn.Module):
         self.mode = check_choice(name, "mode", mode, GATED_MODES)
         self.channels_first = channels_first
         self.mask = TokenMask() if mask is None else mask
+        self.insertion: Insertion | None = None
+        self.held = _Held()
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.workspace = GlobalWorkspace(dim, device=device, dtype=dtype, **{"write_dropout": 0.0, **options})
         self.workspace.mask_is_ambient = True
@@ -80,12 +105,27 @@ class InsertedWorkspace(nn.Module):
             source = x
         if self.channels_first:
             source = source.movedim(1, -1)
-        if key_padding_mask is None:
+        if key_padding_mask is None and self.workspace.writes_now:
             key_padding_mask = self.mask.of(source)
         retrieved = self.gate * self.workspace(self.norm(source), key_padding_mask)
         if self.channels_first:
             retrieved = retrieved.movedim(-1, 1)
         return y + retrieved.to(y.dtype)
+
+    def hold_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the module that takes ``x``, where another one gives ``y``."""
+        self.held.x = _first(args, kwargs)
+
+    def add_to_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """Forward hook of the module that gives ``y``."""
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(REPLICA)
+        if not isinstance(output, Tensor):
+            raise op_error("InsertedWorkspace", f"{type(module).__name__} to return a tensor", type(output).__name__)
+        x = None
+        if self.mode == "parallel":
+            x, self.held.x = (_first(args, kwargs), None) if self.held.x is None else (self.held.x, None)
+        return self(output, x)
 
     def reset_parameters(self) -> None:
         """Draws all parameters and the memory anew, and closes the gate."""
@@ -118,13 +158,14 @@ class InsertedLayer(GlobalWorkspaceLayer):
         super().__init__(dim, **options)
         self.channels_first = channels_first
         self.mask = TokenMask() if mask is None else mask
+        self.insertion: Insertion | None = None
         self.workspace.mask_is_ambient = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """``(B, *, E)`` to the same shape; what else a host hands to its MLP (a grid's size) is not needed."""
         if self.channels_first:
             x = x.movedim(1, -1)
-        y = super().forward(x, self.mask.of(x))
+        y = super().forward(x, self.mask.of(x) if self.workspace.writes_now else None)
         return y.movedim(-1, 1) if self.channels_first else y
 
     def reset_parameters(self) -> None:
@@ -140,3 +181,17 @@ def reset_parameters(module: nn.Module) -> None:
         reset = getattr(part, "reset_parameters", None) or getattr(part, "reset", None)
         if callable(reset):
             reset()
+
+
+class _Held:
+    """The input of an MLP until its output is there. It belongs to a forward pass; copies are empty."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"x": None}
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))

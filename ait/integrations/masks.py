@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ait.ops._checks import op_error
 
@@ -13,14 +14,34 @@ from ait.ops._checks import op_error
 class PaddingMask:
     """The padding mask of the forward pass that is under way, shared by all workspaces of a host.
 
-    It belongs to a forward pass and not to the model: copies and pickles of it are empty.
+    Its methods are hooks of the module that is told about padding. The mask belongs to a forward pass and not to the
+    model: copies and pickles are without one.
+
+    Args:
+        argument: name of the argument of ``forward`` that is 0 or False where a token is padding.
+        position: where it stands if it comes without its name.
     """
 
-    def __init__(self) -> None:
-        self.current: Tensor | None = None
+    def __init__(self, argument: str, position: int) -> None:
+        self.argument = argument
+        self.position = position
+        self.current: Any = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        valid = kwargs.get(self.argument)
+        if valid is None and len(args) > self.position:
+            valid = args[self.position]
+        if valid is None and args and isinstance(args[0], dict):
+            valid = args[0].get(self.argument)
+        self.current = valid == 0 if isinstance(valid, Tensor) else valid
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        self.current = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"current": None}
+        return {**self.__dict__, "current": None}
 
 
 class TokenMask:
@@ -28,12 +49,16 @@ class TokenMask:
 
     Args:
         padding: padding mask of the host; None where there is no padding.
-        prefix_tokens: the first so many tokens of each image, class and register tokens, do not write.
+        prefix_tokens: class and register tokens, the first ones of each image.
+        prefix_writes: whether they write; if not, they only read.
     """
 
-    def __init__(self, padding: PaddingMask | None = None, prefix_tokens: int = 0) -> None:
+    def __init__(
+        self, padding: PaddingMask | None = None, prefix_tokens: int = 0, *, prefix_writes: bool = True
+    ) -> None:
         self.padding = padding
         self.prefix_tokens = prefix_tokens
+        self.prefix_writes = prefix_writes
 
     def of(self, tokens: Tensor) -> Tensor | None:
         """Mask for ``tokens (B, *, E)``: ``(B, *)`` bool, True = does not write; None where all may.
@@ -44,17 +69,21 @@ class TokenMask:
         mask = None if self.padding is None else self.padding.current
         if mask is not None:
             mask = self._fit(mask, tokens)
-        if self.prefix_tokens and tokens.dim() == 3:
+        if not self.prefix_writes and self.prefix_tokens and tokens.dim() == 3:
             prefix = torch.arange(tokens.shape[1], device=tokens.device) < self.prefix_tokens
             mask = prefix.expand(tokens.shape[:-1]) if mask is None else mask | prefix
         return mask
 
-    def _fit(self, mask: Tensor, tokens: Tensor) -> Tensor | None:
-        if tokens.dim() == 2:  # (T, E): the host has already dropped its padding.
+    def _fit(self, mask: Any, tokens: Tensor) -> Tensor | None:
+        if tokens.dim() == 2:  # (T, E): the host has already dropped its padding
             return None
         batch, length = tokens.shape[0], tokens.shape[1]
-        # A longer mask begins with tokens of a cache or of a learned prefix, which are not among these.
-        if tokens.dim() != 3 or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-            expected = f"a padding mask of shape {tuple(tokens.shape[:-1])}, one entry a token"
-            raise op_error("InsertedWorkspace", expected, tuple(mask.shape))
-        return mask[:, mask.shape[1] - length :].to(device=tokens.device)
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else (type(mask).__name__,)
+        if len(shape) == 2 and tokens.dim() == 3 and shape[0] == batch:
+            if shape[1] == length - self.prefix_tokens:  # one entry a patch
+                return F.pad(mask.to(tokens.device), (self.prefix_tokens, 0), value=False)
+            # A longer mask begins with tokens of a cache or of a learned prefix, which are not among these.
+            if shape[1] >= length:
+                return mask[:, shape[1] - length :].to(tokens.device)
+        expected = f"a padding mask of shape {tuple(tokens.shape[:-1])}, one entry a token"
+        raise op_error("InsertedWorkspace", expected, shape)

@@ -201,6 +201,11 @@ class GlobalWorkspace(nn.Module):
             ValueError: shape, dtype or device of an argument is not as above.
         """
         gamma = self.memory.gamma
+        if getattr(self, "_is_replica", False) and self.writes_now:
+            raise RuntimeError(
+                "GlobalWorkspace: expected a model that is not in torch.nn.DataParallel, got one of its replicas: each "
+                "would write a memory of its own, and lose it; use torch.nn.parallel.DistributedDataParallel"
+            )
         check_input("GlobalWorkspace", f, self.dim, gamma.device, DOUBLE if gamma.dtype in DOUBLE else NOT_DOUBLE)
         if key_padding_mask is not None:
             check_padding_mask("GlobalWorkspace", key_padding_mask, f)
@@ -266,7 +271,7 @@ class GlobalWorkspace(nn.Module):
             return repeated
         this = ForwardPass(
             stored=self.memory.snapshot(),
-            writes=self._writes(tokens.shape[0]),
+            writes=self.writes_now and tokens.shape[0] > 0,
             training=self.training,
             grad_enabled=torch.is_grad_enabled(),
             balance_grad=BalanceGradient(),
@@ -288,9 +293,10 @@ class GlobalWorkspace(nn.Module):
             loss.register_hook(this.balance_grad.receive)
         self._kept_loss.keep(loss)
 
-    def _writes(self, num_tokens: int) -> bool:
-        moves = self.training or self.semantics == "released"
-        return self.writer is not None and moves and not self.frozen and num_tokens > 0
+    @property
+    def writes_now(self) -> bool:
+        """Whether a forward pass would write its tokens into the memory."""
+        return self.writer is not None and not self.frozen and (self.training or self.semantics == "released")
 
     def _mix(self, memory: Tensor, tokens: Tensor, mask: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         """``(1 - alpha) gamma + alpha gamma_hat``, ``(M, D)``, and the balance loss."""
