@@ -3,7 +3,13 @@
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
-from ait.integrations import insert_workspace, remove_workspace
+from ait.integrations import (
+    insert_workspace,
+    load_workspace,
+    remove_workspace,
+    workspace_state_dict,
+    workspaces,
+)
 from ait.models import (
     AssociativeTransformer,
     VisionTransformer,
@@ -30,9 +36,12 @@ __all__ = [
     "insert_workspace",
     "list_models",
     "list_pretrained",
+    "load_workspace",
     "ops",
     "pretrained_config",
     "remove_workspace",
     "reset_memory",
     "show_config",
+    "workspace_state_dict",
+    "workspaces",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 PACKED_WEIGHTS = ("qweight", "qzeros", "weight_packed")
 
@@ -51,7 +52,7 @@ def _refuse_quantized(module: nn.Module) -> tuple[str, str] | None:
     if "quantized" in type(module).__module__.split("."):
         return expected, got
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             return "a host whose lazy modules have run once", f"{got} with an uninitialised {name}"
         packed = tensor.is_quantized or type(tensor).__module__.startswith("torchao") or name in PACKED_WEIGHTS
         is_weight = isinstance(tensor, nn.Parameter)
