@@ -4,6 +4,8 @@ from ait import ops
 from ait._config import show_config
 from ait._version import __version__
 from ait.integrations import (
+    freeze_backbone,
+    inject_balance_loss,
     insert_workspace,
     load_workspace,
     remove_workspace,
@@ -32,7 +34,9 @@ __all__ = [
     "balance_losses",
     "count_parameters",
     "create_model",
+    "freeze_backbone",
     "freeze_memory",
+    "inject_balance_loss",
     "insert_workspace",
     "list_models",
     "list_pretrained",

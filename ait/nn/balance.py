@@ -9,6 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ait.nn.injection import Injection
+
 
 def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, num_heads: int) -> Tensor:
     """Per head and token, the sum of its gates and the number of its gates above 0.
@@ -74,6 +76,7 @@ class KeptLoss:
     def __init__(self) -> None:
         self.last: Tensor | None = None
         self.collected: tuple[Tensor, ...] | None = None  # None: nobody collects
+        self.injection: Injection | None = None  # where there is one, ``last`` is a number to look at
 
     def keep(self, loss: Tensor) -> None:
         self.last = loss

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ait.nn.balance import CollectedLosses
+from ait.nn.balance import CollectedLosses, KeptLoss
 from ait.nn.workspace import GlobalWorkspace
 
 
@@ -29,9 +29,11 @@ def balance_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: ``model`` has no workspace.
-        RuntimeError: no loss is kept: no forward pass since the last backward pass.
+        RuntimeError: no loss is kept: no forward pass since the last backward pass; or
+            :func:`ait.inject_balance_loss` adds it already.
     """
-    kept = [workspace._kept_loss for workspace in _workspaces("balance_loss", model)]
+    kept = [workspace._kept_loss for workspace in workspaces_of("balance_loss", model)]
+    _refuse_injected("balance_loss", kept)
     losses = [keeper.last for keeper in kept if keeper.last is not None]
     if not losses:
         raise RuntimeError(
@@ -66,8 +68,11 @@ def balance_losses(model: nn.Module) -> Iterator[Sequence[Tensor]]:
 
     Raises:
         ValueError: ``model`` has no workspace.
+        RuntimeError: :func:`ait.inject_balance_loss` adds the losses already.
     """
-    losses = CollectedLosses([workspace._kept_loss for workspace in _workspaces("balance_losses", model)])
+    kept = [workspace._kept_loss for workspace in workspaces_of("balance_losses", model)]
+    _refuse_injected("balance_losses", kept)
+    losses = CollectedLosses(kept)
     try:
         yield losses
     finally:
@@ -89,7 +94,7 @@ def freeze_memory(model: nn.Module, frozen: bool = True) -> None:
     """
     if not isinstance(frozen, bool):
         raise ValueError(f"freeze_memory: expected frozen to be True or False, got {frozen!r}")
-    for workspace in _workspaces("freeze_memory", model):
+    for workspace in workspaces_of("freeze_memory", model):
         workspace.freeze(frozen)
 
 
@@ -104,7 +109,7 @@ def reset_memory(model: nn.Module, seed: int | torch.Generator | None = None) ->
     Raises:
         ValueError: ``model`` has no workspace, or ``seed`` is none of these.
     """
-    workspaces = _workspaces("reset_memory", model)
+    workspaces = workspaces_of("reset_memory", model)
     generator: torch.Generator | None
     if seed is None or isinstance(seed, torch.Generator):
         generator = seed
@@ -118,7 +123,17 @@ def reset_memory(model: nn.Module, seed: int | torch.Generator | None = None) ->
         workspace.memory.reset(generator)
 
 
-def _workspaces(caller: str, model: Any) -> list[GlobalWorkspace]:
+def _refuse_injected(caller: str, kept: Sequence[KeptLoss]) -> None:
+    if any(keeper.injection is not None for keeper in kept):
+        raise RuntimeError(
+            f"{caller}: expected a model without injected balance loss, got one to which inject_balance_loss adds it "
+            "already, in the backward pass; to look at it use the handle's last_loss(), to add it yourself the "
+            "handle's remove()"
+        )
+
+
+def workspaces_of(caller: str, model: Any) -> list[GlobalWorkspace]:
+    """All workspaces of ``model``; a ValueError in the name of ``caller`` where there is none."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
     found = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]

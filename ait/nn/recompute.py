@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ait.nn.injection import Injection
+
 RECORDS_KEPT = 64
 SAMPLED_TOKENS = 256
 # Differences of fingerprints, relative to the largest entry. Below the first they are the rounding of the sums; up to
@@ -51,6 +53,7 @@ class ForwardPass(NamedTuple):
     grad_enabled: bool  # False in the first pass of reentrant checkpointing
     balance_grad: BalanceGradient  # that reached this pass's balance loss
     mask: Tensor | None = None  # (T,), where a recompute is not given it again
+    injection: Injection | None = None  # that supplies this gradient instead
     is_recompute: bool = False
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ait.nn._validate import check_choice, check_dtype, check_input, check_number, check_padding_mask
 from ait.nn.balance import KeptLoss, importance_and_load, squared_variation
+from ait.nn.injection import inject_gradient
 from ait.nn.memory import MEMORIES, Memory
 from ait.nn.readers import AttentionReader, HopfieldReader
 from ait.nn.recompute import BalanceGradient, ForwardPass, ForwardRecords, pass_balance_gradient
@@ -162,15 +164,14 @@ class GlobalWorkspace(nn.Module):
                 **placement,
             )
             if not differentiable:
-                learning = (self.writer.query, self.writer.key) if self.balance_weight > 0 else ()
                 self.writer.requires_grad_(False)
-                for module in learning:
-                    module.requires_grad_(True)
         self.reader: HopfieldReader | AttentionReader
         if reader == "hopfield":
             self.reader = HopfieldReader(dim, slot_dim, beta=beta, steps=steps, tol=tol, **placement)
         else:
             self.reader = AttentionReader(dim, slot_dim, num_heads=num_heads, **placement)
+        for parameter in self.learning_parameters():
+            parameter.requires_grad_(True)
 
     @overload
     def forward(
@@ -195,7 +196,8 @@ class GlobalWorkspace(nn.Module):
 
         Returns:
             The retrieved tokens, ``(B, *, E)`` in the dtype of ``f``; with ``return_aux``, also the balance loss, a
-            scalar with ``balance_weight`` inside. It is the same loss that :func:`ait.balance_loss` sums.
+            scalar with ``balance_weight`` inside. It is the same loss that :func:`ait.balance_loss` sums; detached
+            where :func:`ait.inject_balance_loss` supplies its gradient.
 
         Raises:
             ValueError: shape, dtype or device of an argument is not as above.
@@ -209,6 +211,8 @@ class GlobalWorkspace(nn.Module):
         check_input("GlobalWorkspace", f, self.dim, gamma.device, DOUBLE if gamma.dtype in DOUBLE else NOT_DOUBLE)
         if key_padding_mask is not None:
             check_padding_mask("GlobalWorkspace", key_padding_mask, f)
+        if self._kept_loss.injection is not None and self.training:
+            self._kept_loss.injection.check_precision(f)
         without_autocast = torch.autocast(f.device.type, enabled=False) if _autocasts(f) else contextlib.nullcontext()
         with without_autocast:
             tokens = f.reshape(-1, self.dim)
@@ -232,7 +236,7 @@ class GlobalWorkspace(nn.Module):
 
         A learned memory stops learning instead; a fixed one has nothing to stop.
         """
-        learners = self.memory if self.writer is None else self.writer
+        learners = self.memory_learners()
         if frozen and not self.frozen:
             self._requires_grad_before = {name: p.requires_grad for name, p in learners.named_parameters()}
             learners.requires_grad_(False)
@@ -241,6 +245,21 @@ class GlobalWorkspace(nn.Module):
                 parameter.requires_grad_(self._requires_grad_before[name])
             self._requires_grad_before = {}
         self.frozen = frozen
+
+    def memory_learners(self) -> nn.Module:
+        """What learns the memory, or to write it: the part whose learning :meth:`freeze` stops."""
+        return self.memory if self.writer is None else self.writer
+
+    def learning_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters to which a gradient can come: in ``"released"`` semantics not all of the writer's."""
+        yield from self.memory.parameters()
+        if self.writer is not None and self.semantics == "released":
+            if self.balance_weight > 0:
+                yield from self.writer.query.parameters()
+                yield from self.writer.key.parameters()
+        elif self.writer is not None:
+            yield from self.writer.parameters()
+        yield from self.reader.parameters()
 
     def _write_and_read(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retrieved tokens ``(T, E)`` and the balance loss."""
@@ -256,6 +275,8 @@ class GlobalWorkspace(nn.Module):
             memory = torch.where(accepted, updated, memory)
             if not this.is_recompute:
                 self.memory.store(memory, accepted, finite)
+        if this.injection is not None:
+            memory, loss = inject_gradient(memory, loss, this.injection), loss.detach()
         retrieved = self.reader(tokens, memory)
         if this.is_recompute:
             return pass_balance_gradient(retrieved, loss, this), loss
@@ -276,6 +297,7 @@ class GlobalWorkspace(nn.Module):
             grad_enabled=torch.is_grad_enabled(),
             balance_grad=BalanceGradient(),
             mask=mask if self.mask_is_ambient else None,
+            injection=self._kept_loss.injection,
         )
         if recorded:
             self._records.add(tokens, given_mask, this)
@@ -285,7 +307,7 @@ class GlobalWorkspace(nn.Module):
         """Keeps the balance loss for :func:`ait.balance_loss`."""
         if torch.compiler.is_exporting():
             return
-        balances = this.writes and this.training and self.balance_weight > 0
+        balances = this.writes and this.training and self.balance_weight > 0 and this.injection is None
         without_grad = not (torch.is_grad_enabled() or torch.is_inference_mode_enabled())
         if balances and without_grad and not torch.compiler.is_compiling():
             # Perhaps the first pass of reentrant checkpointing, whose recompute will ask for this gradient.
@@ -422,7 +444,8 @@ class GlobalWorkspaceLayer(nn.Module):
 
         Returns:
             ``(B, *, E)``, without a residual to ``x``; with ``return_aux``, also the balance loss, a scalar with
-            ``balance_weight`` inside. It is the same loss that :func:`ait.balance_loss` sums: add one of them.
+            ``balance_weight`` inside. It is the same loss that :func:`ait.balance_loss` sums: add one of them. It is
+            detached where :func:`ait.inject_balance_loss` supplies its gradient.
 
         Raises:
             ValueError: shape, dtype or device of an argument is not as above.
