@@ -457,10 +457,15 @@ class GlobalWorkspaceLayer(nn.Module):
         check_input(name, x, self.dim, weight.device, NOT_DOUBLE if mixed else (weight.dtype,))
         if key_padding_mask is not None:
             check_padding_mask(name, key_padding_mask, x)
-        f = self.norm(self.fc2(F.gelu(self.fc1(x))))
+        f = self.feed_forward(x)
         retrieved, loss = self.workspace(f, key_padding_mask, return_aux=True)
         y = retrieved + f
         return (y, loss) if return_aux else y
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """``f = LN(fc2(GELU(fc1(x))))``: what enters the workspace, ``(B, *, E)`` to the same shape."""
+        f: Tensor = self.norm(self.fc2(F.gelu(self.fc1(x))))
+        return f
 
 
 def _autocasts(x: Any) -> bool:
