@@ -167,7 +167,8 @@ class WorkspaceBlock(Block):
     Args:
         dim: token width ``E``.
         num_heads: heads of self-attention.
-        mlp_layer: timm's ``Mlp``, as its models give it, or a :class:`WorkspaceMlp`, also as a ``partial`` with keywords.
+        mlp_layer: timm's ``Mlp``, as its models give it, or a :class:`WorkspaceMlp`; also a ``partial`` of one, with
+            keywords.
         workspace_heads: ``num_heads`` of the workspace.
         **options: other arguments of timm's ``Block``, and those that :class:`WorkspaceMlp` adds to timm's ``Mlp``.
 
@@ -203,7 +204,8 @@ class WorkspaceBlock(Block):
                 "whose place a WorkspaceMlp would come; to keep it, make the model without block_fn and call "
                 "ait.insert_workspace(model)"
             )
-        super().__init__(dim, num_heads, mlp_layer=functools.partial(made, **workspace), **options)
+        mlp: Any = functools.partial(made, **workspace)
+        super().__init__(dim, num_heads, mlp_layer=mlp, **options)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(B, N, E)`` to the same shape.

@@ -87,18 +87,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, name: str, pretrained: bool, patch_size: int, **options: Any) -> nn.Module:
+def _create(variant: str, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Builds ``variant`` through timm, from the model that :func:`ait.create_model` knows as ``name``."""
     if options.get("features_only") and not hasattr(timm_features, "FeatureGetterNet"):
         raise RuntimeError(f"{variant}: features_only needs timm 1.0 or later; forward_intermediates works without")
-    size = {"patch_size": patch_size, **_MODELS[name].defaults}
-    arguments = {**size, **options}
+    options = {**_MODELS[name].defaults, **options}
     model: nn.Module = build_model_with_cfg(
         TimmAssociativeTransformer if name.startswith("ait_") else TimmVisionTransformer,
         variant,
         pretrained,
-        feature_cfg={"out_indices": min(3, arguments["depth"]), "feature_cls": "getter"},
-        **arguments,
+        feature_cfg={"out_indices": min(3, options["depth"]), "feature_cls": "getter"},
+        **options,
     )
     return model
 
@@ -106,82 +105,82 @@ def _create(variant: str, name: str, pretrained: bool, patch_size: int, **option
 @register_model
 def ait_tiny_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_tiny`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_tiny_patch4_32", "ait_tiny", pretrained, 4, **options)
+    return _create("ait_tiny_patch4_32", "ait_tiny", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_small_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_small`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_small_patch4_32", "ait_small", pretrained, 4, **options)
+    return _create("ait_small_patch4_32", "ait_small", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_medium_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_medium`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_medium_patch4_32", "ait_medium", pretrained, 4, **options)
+    return _create("ait_medium_patch4_32", "ait_medium", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_base_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_base`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_base_patch4_32", "ait_base", pretrained, 4, **options)
+    return _create("ait_base_patch4_32", "ait_base", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_small_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_small`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_small_patch16_224", "ait_small", pretrained, 16, **options)
+    return _create("ait_small_patch16_224", "ait_small", pretrained, {"patch_size": 16, **options})
 
 
 @register_model
 def ait_medium_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_medium`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_medium_patch16_224", "ait_medium", pretrained, 16, **options)
+    return _create("ait_medium_patch16_224", "ait_medium", pretrained, {"patch_size": 16, **options})
 
 
 @register_model
 def ait_base_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``ait_base`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_base_patch16_224", "ait_base", pretrained, 16, **options)
+    return _create("ait_base_patch16_224", "ait_base", pretrained, {"patch_size": 16, **options})
 
 
 @register_model
 def ait_vit_tiny_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_tiny`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_vit_tiny_patch4_32", "vit_tiny", pretrained, 4, **options)
+    return _create("ait_vit_tiny_patch4_32", "vit_tiny", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_vit_small_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_small`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_vit_small_patch4_32", "vit_small", pretrained, 4, **options)
+    return _create("ait_vit_small_patch4_32", "vit_small", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_vit_medium_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_medium`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_vit_medium_patch4_32", "vit_medium", pretrained, 4, **options)
+    return _create("ait_vit_medium_patch4_32", "vit_medium", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_vit_base_patch4_32(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_base`` on 32 x 32 pixels, with patches of 4."""
-    return _create("ait_vit_base_patch4_32", "vit_base", pretrained, 4, **options)
+    return _create("ait_vit_base_patch4_32", "vit_base", pretrained, {"patch_size": 4, **options})
 
 
 @register_model
 def ait_vit_small_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_small`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_vit_small_patch16_224", "vit_small", pretrained, 16, **options)
+    return _create("ait_vit_small_patch16_224", "vit_small", pretrained, {"patch_size": 16, **options})
 
 
 @register_model
 def ait_vit_medium_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_medium`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_vit_medium_patch16_224", "vit_medium", pretrained, 16, **options)
+    return _create("ait_vit_medium_patch16_224", "vit_medium", pretrained, {"patch_size": 16, **options})
 
 
 @register_model
 def ait_vit_base_patch16_224(pretrained: bool = False, **options: Any) -> nn.Module:
     """``vit_base`` on 224 x 224 pixels, with patches of 16."""
-    return _create("ait_vit_base_patch16_224", "vit_base", pretrained, 16, **options)
+    return _create("ait_vit_base_patch16_224", "vit_base", pretrained, {"patch_size": 16, **options})
