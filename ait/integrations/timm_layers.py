@@ -20,7 +20,7 @@ try:
     from timm.models.vision_transformer import Block
 except ImportError as error:
     raise ImportError(
-        f"ait.integrations: cannot import timm's layers ({error}); timm 0.9 or later is needed: "
+        f"ait.integrations: cannot import timm's layers ({error}); timm 0.9.16 or later is needed: "
         "pip install 'associative-transformer[timm]'",
         name="timm",
     ) from error
@@ -38,10 +38,10 @@ class WorkspaceMlp(GlobalWorkspaceLayer):
     feed-forward part: ``f = LN(drop(fc2(norm(drop(act(fc1(x)))))))``. The rest are the layer's own. With timm's
     defaults and ``hidden_features`` of four times the width it is the published layer.
 
-    ``fc1`` and ``fc2`` have the names and shapes of the MLP's, so ``timm.create_model(..., pretrained=True,
-    pretrained_strict=False)`` fills them (timm logs which weights stay fresh); the LayerNorm after ``fc2`` is new, so
-    such a model must be trained before it is good for anything. :func:`ait.insert_workspace` keeps a pretrained
-    model's logits instead.
+    ``fc1`` and ``fc2`` have the names and shapes of the MLP's, so a plain model's weights fill them:
+    ``model.load_state_dict(timm.create_model(name, pretrained=True).state_dict(), strict=False)``. The LayerNorm after
+    ``fc2`` is new, so such a model must be trained before it is good for anything; :func:`ait.insert_workspace` keeps a
+    pretrained model's logits instead.
 
     timm hands no padding mask to an MLP: tokens of padding (NaFlexViT) would write like any other.
 

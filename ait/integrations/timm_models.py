@@ -24,7 +24,7 @@ try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
     raise ImportError(
-        f"ait.integrations.timm_models: cannot import timm ({error}); timm 0.9 or later is needed: "
+        f"ait.integrations.timm_models: cannot import timm ({error}); timm 0.9.16 or later is needed: "
         "pip install 'associative-transformer[timm]'",
         name="timm",
     ) from error

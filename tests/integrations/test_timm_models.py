@@ -1,4 +1,8 @@
-"""``ait``'s models in timm's registry: the same models, with what timm's own can do."""
+"""``ait``'s models in timm's registry: the same models, with what timm's own can do.
+
+With another release of timm: ``pip install --no-deps --target DIR timm==0.9.16``, then
+``PYTHONPATH=DIR python -m pytest tests/integrations/test_timm_layers.py tests/integrations/test_timm_models.py``.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ VIT_TINY: dict[str, Any] = dict(img_size=(8, 12), patch_size=4, embed_dim=16, he
 NAMES = [f"ait_{size}_patch4_32" for size in ("tiny", "small", "medium", "base")]
 NAMES += [f"ait_{size}_patch16_224" for size in ("small", "medium", "base")]
 NAMES += [name.replace("ait_", "ait_vit_") for name in NAMES]
+RELEASE = tuple(int(number) for number in timm.__version__.split(".")[:3])
 needs_getter = pytest.mark.skipif(
     not hasattr(timm_features, "FeatureGetterNet"), reason="this timm has no features_only for such models"
 )
@@ -403,7 +408,7 @@ def test_copies_and_pickles_compute_the_same() -> None:
 def test_a_saved_folder_is_loaded_by_name(tmp_path: Path) -> None:
     model = make(num_classes=5)
     timm.models.save_for_hf(model, tmp_path, model_args={**TINY, "num_classes": 5})
-    if timm.__version__ < "1.0.12":
+    if RELEASE < (1, 0, 12):
         pytest.skip("this timm has no local-dir:")
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
