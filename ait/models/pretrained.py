@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ait.models.checkpoint import differences, shorten
+
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
 # SHA-256 of the files as experiments/export_weights.py wrote them.
@@ -197,17 +199,8 @@ def assign_weights(model: nn.Module, config: PretrainedConfig, tensors: Mapping[
     if getattr(model, "num_classes", None) != config.model_arguments["num_classes"]:
         theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("head.")}
         theirs |= {name: tensor for name, tensor in ours.items() if name.startswith("head.")}
-    differences = [f"the weights lack {name}" for name in ours if name not in theirs]
-    differences += [f"the model lacks {name}" for name in theirs if name not in ours]
-    differences += [
-        f"{name} is {tuple(theirs[name].shape)} in the weights and {tuple(ours[name].shape)} in the model"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
-    ]
-    if differences:
-        shown = "; ".join(differences[:6]) + ("; ..." if len(differences) > 6 else "")
-        found = f"{len(differences)} differences: {shown}"
-        raise ValueError(f"pretrained weights: {config.name} do not fit this model, which has {found}")
+    if found := differences(ours, theirs):
+        raise ValueError(f"pretrained weights: {config.name} do not fit this model, which has {shorten(found)}")
     if any(tensor.is_meta for tensor in ours.values()):
         raise ValueError(f"pretrained weights: {config.name}: expected a model with storage, got one on device 'meta'")
     model.load_state_dict(theirs)

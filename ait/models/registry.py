@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 
 from ait.models.ait import AssociativeTransformer
 from ait.models.pretrained import list_pretrained, load_pretrained, pretrained_config
+from ait.models.sharing import HUB_PREFIX, Saved, arguments_of, build, read_saved
 from ait.models.vit import VisionTransformer
 
 
@@ -31,13 +33,13 @@ _TINY_WORKSPACE = {"num_slots": 32, "slot_dim": 16, "workspace_heads": 3}
 _MODELS: Mapping[str, _Entry] = MappingProxyType(
     {
         "ait_tiny": _Entry(AssociativeTransformer, _TINY | _TINY_WORKSPACE),
-        "ait_small": _Entry(AssociativeTransformer, {"depth": 2}),
-        "ait_medium": _Entry(AssociativeTransformer, {"depth": 6}),
-        "ait_base": _Entry(AssociativeTransformer, {"depth": 12}),
+        "ait_small": _Entry(AssociativeTransformer, {"embed_dim": 768, "depth": 2}),
+        "ait_medium": _Entry(AssociativeTransformer, {"embed_dim": 768, "depth": 6}),
+        "ait_base": _Entry(AssociativeTransformer, {"embed_dim": 768, "depth": 12}),
         "vit_tiny": _Entry(VisionTransformer, _TINY),
-        "vit_small": _Entry(VisionTransformer, {"depth": 2}),
-        "vit_medium": _Entry(VisionTransformer, {"depth": 6}),
-        "vit_base": _Entry(VisionTransformer, {"depth": 12}),
+        "vit_small": _Entry(VisionTransformer, {"embed_dim": 768, "depth": 2}),
+        "vit_medium": _Entry(VisionTransformer, {"embed_dim": 768, "depth": 6}),
+        "vit_base": _Entry(VisionTransformer, {"embed_dim": 768, "depth": 12}),
     }
 )
 
@@ -47,7 +49,7 @@ _IMAGE = {"img_size": 32, "patch_size": 4, "in_chans": 3, "num_classes": 10}
 def create_model(
     name: str,
     *,
-    pretrained: str | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     img_size: int | tuple[int, int] | None = None,
     patch_size: int | None = None,
     in_chans: int | None = None,
@@ -65,7 +67,9 @@ def create_model(
         name: one of :func:`list_models`.
         pretrained: weights to start from, such as ``"cifar10"``; see :func:`list_pretrained`. With another
             ``num_classes`` than theirs the last layer is fresh; every other tensor must have their shape.
-            :func:`ait.pretrained_config` says how images were normalised.
+            :func:`ait.pretrained_config` says how images were normalised. Or where a model of this name was saved:
+            a folder, a ``.safetensors`` file, or ``"hf-hub:user/repository"`` (``@revision`` may follow), as in
+            :meth:`~ait.models.sharing.Shareable.from_pretrained`; its arguments are then the defaults of all others.
         img_size: height and width in pixels, or one number for both; each a multiple of ``patch_size``. 32 by default,
             or what the weights were trained with; so are the three that follow.
         patch_size: side of a patch in pixels; 4 by default.
@@ -79,7 +83,8 @@ def create_model(
     Raises:
         ValueError: no model or weights have this name, an argument's value is refused, or the weights do not fit.
         TypeError: the model has no such option.
-        ImportError: safetensors is needed for ``pretrained``, and not installed.
+        FileNotFoundError: there is no such folder or file of weights.
+        ImportError: safetensors (huggingface_hub, for ``hf-hub:``) is needed for ``pretrained``, and not installed.
 
     Example:
         >>> model = create_model("ait_tiny", img_size=8, patch_size=2, in_chans=1, reader="attention")
@@ -97,13 +102,16 @@ def create_model(
     image = _IMAGE | {argument: value for argument, value in given.items() if value is not None}
     if pretrained is None:
         return entry.model(**{**entry.defaults, **image, **options})
+    asked = {argument: value for argument, value in given.items() if value is not None}
     weights = f"{name}.{pretrained}"
+    if weights not in list_pretrained() and _is_place(pretrained):
+        return _from_saved(name, read_saved(pretrained), asked | options)
     if weights not in list_pretrained():
         raise ValueError(
-            f"create_model: {name} has no pretrained weights {pretrained!r}; there are {', '.join(list_pretrained())}"
+            f"create_model: {name} has no pretrained weights {pretrained!r}; there are {', '.join(list_pretrained())}, "
+            "and of other places 'hf-hub:user/repository', folders, and .safetensors files"
         )
     trained = pretrained_config(weights).model_arguments
-    asked = {argument: value for argument, value in given.items() if value is not None}
     model = entry.model(**{**entry.defaults, **_IMAGE, **trained, **asked, **options})
     load_pretrained(model, weights)
     return model
@@ -118,12 +126,33 @@ def list_models(filter: str | None = None) -> list[str]:
     return sorted(fnmatch.filter(_MODELS, "*" if filter is None else filter))
 
 
+def _is_place(pretrained: str | os.PathLike[str]) -> bool:
+    """Whether it names a folder, a file or a repository, rather than shipped weights."""
+    if not isinstance(pretrained, str):
+        return isinstance(pretrained, os.PathLike)
+    return pretrained.startswith(HUB_PREFIX) or bool(set("/\\.") & set(pretrained)) or os.path.exists(pretrained)
+
+
+def _from_saved(name: str, saved: Saved, options: Mapping[str, Any]) -> nn.Module:
+    """A saved model, in training mode, if it is one of this name."""
+    entry, arguments = _MODELS[name], arguments_of(saved)
+    kind, expected = saved.config["architecture"], entry.model.__name__
+    if kind != expected:
+        raise ValueError(f"create_model: {name} is of {expected}, and {saved.source} holds one of {kind}")
+    others = {key: arguments.get(key) for key, value in entry.defaults.items() if arguments.get(key) != value}
+    if others := {key: value for key, value in others.items() if key not in options}:
+        found = ", ".join(f"{key}={value!r} for {entry.defaults[key]!r}" for key, value in others.items())
+        cure = f"{expected}.from_pretrained loads it as it is"
+        raise ValueError(f"create_model: {saved.source} does not hold {name}: it has {found}; {cure}")
+    return build(entry.model, saved, options)
+
+
 def _options(model: type[nn.Module]) -> set[str]:
     """Keyword-only arguments of a class and of those that it passes ``**`` on to, its bases."""
     return {
         parameter.name
         for cls in model.__mro__
-        for parameter in inspect.signature(cls).parameters.values()
+        for parameter in inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ait.models.sharing import Shareable
 from ait.nn.patch_embed import PatchEmbed, TokenEmbed, check_like_parameters
 from ait.ops._checks import check_positive_int, op_error
 
 
-class TransformerShell(nn.Module):
+class TransformerShell(Shareable):
     """Patch embedding, a stack of blocks, and ``LN -> Linear`` on the flattened ``(N * E)`` tokens.
 
     There is no positional embedding, no class token and no dropout; LayerNorm eps is 1e-5. Models differ in
