@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ait.nn.memory import Memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+M = TypeVar("M", bound=nn.Module)
 
 HUB_PREFIX = "hf-hub:"
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -168,8 +170,7 @@ class Shareable(nn.Module):
             token=token,
             local_files_only=local_files_only,
         )
-        model = build(cls, saved, overrides, map_location=map_location, strict=strict)
-        return model.eval()  # type: ignore[return-value]
+        return build(cls, saved, overrides, map_location=map_location, strict=strict).eval()
 
 
 def read_saved(source: str | os.PathLike[str], **download: Any) -> Saved:
@@ -243,13 +244,13 @@ def arguments_of(saved: Saved) -> dict[str, Any]:
 
 
 def build(
-    cls: type[nn.Module],
+    cls: type[M],
     saved: Saved,
     overrides: Mapping[str, Any],
     *,
     map_location: str | torch.device | None = None,
     strict: bool = True,
-) -> nn.Module:
+) -> M:
     """The model that was saved, of class ``cls`` or, where that has subclasses by this name, of one of them."""
     arguments = {**arguments_of(saved), **overrides}
     cls = _find_class(cls, saved)
@@ -280,18 +281,17 @@ def build(
     return model
 
 
-def _find_class(cls: type[nn.Module], saved: Saved) -> type[nn.Module]:
+def _find_class(cls: type[M], saved: Saved) -> type[M]:
     architecture = saved.config["architecture"]
-    if any(base.__name__ == architecture for base in cls.__mro__):
+    if any(base.__name__ == architecture for base in cls.__mro__ if issubclass(base, Shareable)):
         return cls
-    for subclass in _subclasses(cls):
+    waiting = list(cls.__subclasses__())
+    while waiting:
+        subclass = waiting.pop(0)
         if subclass.__name__ == architecture:
             return subclass
+        waiting += subclass.__subclasses__()
     raise ValueError(f"{saved.source}: expected the config of a model of {cls.__name__}, got one of {architecture}")
-
-
-def _subclasses(cls: type) -> list[type]:
-    return [each for direct in cls.__subclasses__() for each in (direct, *_subclasses(direct))]
 
 
 def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
