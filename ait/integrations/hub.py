@@ -9,14 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from ait.models.checkpoint import PICKLE_FILE, SAFETENSORS_FILE, read_weights_file, write_safetensors
+from ait.models.checkpoint import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    SAFETENSORS_FILE,
+    read_config,
+    read_weights_file,
+    write_safetensors,
+)
 from ait.models.count import count_parameters
 from ait.models.sharing import Saved, config_of
 from ait.nn.memory import Memory
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 except ImportError as error:
     raise ImportError(
         f"Hugging Face Hub: cannot import huggingface_hub ({error}); pip install 'associative-transformer[hf]'",
@@ -64,14 +71,26 @@ class HubModel(PyTorchModelHubMixin):
     def _from_pretrained(  # type: ignore[override]
         cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any
     ) -> HubModel:
-        if config is None:
-            raise FileNotFoundError(f"{model_id}: expected a repository with a config.json of ait, got none")
         download = {name: options[name] for name in _DOWNLOAD_OPTIONS if name in options}
+        if config is None:
+            # The mixin passes over a download that failed; this one says whether the repository, the revision or the
+            # file is missing.
+            config = read_config(_fetch(model_id, (CONFIG_FILE,), download))
+        weights = _fetch(model_id, (SAFETENSORS_FILE, PICKLE_FILE), download)
+        return cls(Saved(config, read_weights_file(weights), model_id))
+
+
+def _fetch(repo_id: str, names: Sequence[str], download: Mapping[str, Any]) -> Path:
+    """The first of the files that the repository has."""
+    for name in names:
         try:
-            file = hf_hub_download(model_id, SAFETENSORS_FILE, **download)
+            return Path(hf_hub_download(repo_id, name, **download))
+        except LocalEntryNotFoundError:
+            # The repository was not asked.
+            raise
         except EntryNotFoundError:
-            file = hf_hub_download(model_id, PICKLE_FILE, **download)
-        return cls(Saved(config, read_weights_file(Path(file)), model_id))
+            continue
+    raise FileNotFoundError(f"{repo_id}: expected a repository with {' or '.join(names)}, got none")
 
 
 def download_saved(repo_id: str, **download: Any) -> Saved:
@@ -82,7 +101,7 @@ def download_saved(repo_id: str, **download: Any) -> Saved:
         **download: ``revision``, ``cache_dir``, ``force_download``, ``token``, ``local_files_only``.
 
     Raises:
-        FileNotFoundError: the repository has no config.
+        FileNotFoundError: the repository has no config, or no weights.
         ValueError: a file is corrupt or refused.
         Whatever huggingface_hub raises where a repository cannot be read.
     """
