@@ -179,7 +179,7 @@ def read_saved(source: str | os.PathLike[str], **download: Any) -> Saved:
     if not isinstance(text, str):
         raise ValueError(f"from_pretrained: expected a folder, a file or a repository, got {source!r}")
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return Saved(*read_folder(path), str(path))
     if path.is_file():
         if path.suffix != ".safetensors":
