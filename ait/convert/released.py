@@ -1,9 +1,10 @@
 """State dicts of the authors' released code, under this package's names.
 
 Which names and shapes there are was read off the released code (github.com/yuweisunn/associative-transformer, commit
-473c3d9: ``ait.py``, ``MHA.py``, ``vit_hn.py``, ``vit_hn_clevr.py``), whose authors publish no checkpoint. The layer's
-names, its order of columns and what it computes are also pinned by recorded steps (``tests/data/released_layer.npz``);
-the names of the shell rest on the code alone.
+473c3d9: ``ait.py``, ``MHA.py``, ``vit_hn.py``, ``vit_hn_clevr.py``). Verified: the layer's names, its order of columns
+and what it computes, by recorded steps of that code (``tests/data/released_layer.npz``); the number of entries of a
+whole model, by the authors' counts. Inferred: the names of the shell and what it computes, which rest on reading the
+code. No checkpoint that the authors' script saved was at hand.
 """
 
 from __future__ import annotations
