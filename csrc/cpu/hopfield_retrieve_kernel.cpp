@@ -8,7 +8,7 @@ namespace {
 // The steps after the first, in M dimensions.
 template <typename C>
 void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s,
-                        int64_t rows, int64_t* steps_taken) {
+                        Rows<C> state, int64_t rows, int64_t* steps_taken) {
   const HopfieldPatterns<C>& p = a.patterns;
   const int64_t patterns = p.num_patterns, stride = p.pattern_stride;
   int64_t moving = rows;
@@ -17,8 +17,9 @@ void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratc
     // The input need not lie among the patterns: its distance is measured in E dimensions.
     multiply(s.weights, stride, rows, p.packed, patterns, p.width, s.moved, p.width_stride);
     for (int64_t t = 0; t < rows; ++t) {
-      const int64_t at = t * p.width_stride;
-      s.stopped[t] = root(squared_distance(s.moved + at, s.state + at, p.width)) < a.tol;
+      const C* moved = s.moved + t * p.width_stride;
+      s.stopped[t] =
+          root(squared_distance(moved, state.data + t * state.stride, p.width)) < a.tol;
       moving -= s.stopped[t];
     }
   }
@@ -66,8 +67,9 @@ void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, in
   const int64_t patterns = p.num_patterns, stride = p.pattern_stride;
   for (int64_t first = begin; first < end; first += a.tile) {
     const int64_t rows = end - first < a.tile ? end - first : a.tile;
-    load_tile<C, S>(a.state, first, rows, p.width, s.state, p.width_stride);
-    multiply_states(p, s.state, rows, rows_behind<S>(a.state, first, first + rows, end, p.width),
+    const Rows<C> state =
+        tile_rows<C, S>(a.state, first, rows, p.width, false, s.state, p.width_stride);
+    multiply_states(p, state, rows, rows_behind<S>(a.state, first, first + rows, end, p.width),
                     s.logits);
     for (int64_t t = 0; t < rows; ++t) {
       s.sums[t] = softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
@@ -76,7 +78,7 @@ void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, in
       a.lse[first + t] = log_sum_exp(s.sums[t], s.logits + t * stride, a.beta, patterns);
       a.steps_taken[first + t] = 1;
     }
-    if (a.steps > 1) take_further_steps(a, s, rows, a.steps_taken + first);
+    if (a.steps > 1) take_further_steps(a, s, state, rows, a.steps_taken + first);
     multiply_to_storage(s.weights, stride, rows, p.packed, patterns, p.width,
                         static_cast<S*>(a.out) + first * p.width);
   }
@@ -148,14 +150,15 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
   int64_t steps = 1;
   for (int64_t t = 0; t < rows; ++t) steps = steps_taken[t] > steps ? steps_taken[t] : steps;
 
-  load_tile<C, S>(a.state, first, rows, width, s.state, width_stride);
-  load_tile<C, S>(a.grad_out, first, rows, width, s.grad_out, width_stride);
-  multiply_states(p, s.state, rows, rows_behind<S>(a.state, first, first + rows, end, width),
+  const Rows<C> state = tile_rows<C, S>(a.state, first, rows, width, true, s.state, width_stride);
+  const Rows<C> grad_out =
+      tile_rows<C, S>(a.grad_out, first, rows, width, true, s.grad_out, width_stride);
+  multiply_states(p, state, rows, rows_behind<S>(a.state, first, first + rows, end, width),
                   s.product);
   for (int64_t t = 0; t < rows; ++t) {
     softmax(s.product + t * stride, a.beta, patterns, s.checkpoints + t * stride);
   }
-  multiply_states(p, s.grad_out, rows, rows_behind<S>(a.grad_out, first, first + rows, end, width),
+  multiply_states(p, grad_out, rows, rows_behind<S>(a.grad_out, first, first + rows, end, width),
                   s.grad_weights);
 
   // Forward to the first step of the last segment; then segment by segment back. The segments meet:
@@ -190,9 +193,9 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
   }
   multiply_to_storage(s.grad_logits, stride, rows, p.packed, patterns, width,
                       static_cast<S*>(a.grad_state) + first * width);
-  add_outer(s.last, stride, s.grad_out, width_stride, rows, patterns, width, grad_patterns,
+  add_outer(s.last, stride, grad_out.data, grad_out.stride, rows, patterns, width, grad_patterns,
             width_stride);
-  add_outer(s.grad_logits, stride, s.state, width_stride, rows, patterns, width, grad_patterns,
+  add_outer(s.grad_logits, stride, state.data, state.stride, rows, patterns, width, grad_patterns,
             width_stride);
 }
 

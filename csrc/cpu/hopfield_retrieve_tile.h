@@ -77,6 +77,27 @@ void load_tile(const void* source, int64_t first, int64_t rows, int64_t width, C
   }
 }
 
+// Rows of a tile in the compute type.
+template <typename C>
+struct Rows {
+  const C* data;
+  int64_t stride;
+};
+
+// The rows from `first` on of source (T, width): as they lie there, or a copy in the tile (rows,
+// stride) where they must be converted. Rows that are `padded` can be read in whole panels.
+template <typename C, typename S>
+AIT_INLINE Rows<C> tile_rows(const void* source, int64_t first, int64_t rows, int64_t width,
+                             bool padded, C* tile, int64_t stride) {
+  if constexpr (__is_same(C, S)) {
+    if (!padded || width % kPanel<C> == 0) {
+      return {static_cast<const C*>(source) + first * width, width};
+    }
+  }
+  load_tile<C, S>(source, first, rows, width, tile, stride);
+  return {tile, stride};
+}
+
 // What is read after a product, fetched into the cache line by line while that is computed.
 struct Upcoming {
   const char* rows;
@@ -102,22 +123,28 @@ AIT_INLINE void for_each_sum(V (&sums)[rows][vectors], Visit visit) {
 }
 
 // sums[r][v] += sum over d of a[r * row_stride + d * depth_stride] * panel[d * panel_stride + v].
+// Three rows share a pointer, one, two and no strides away: so all addresses stay in registers.
 template <int rows, int vectors, typename C, typename Next>
 AIT_INLINE void multiply_add(const C* a, int64_t row_stride, int64_t depth_stride, const C* panel,
                              int64_t panel_stride, int64_t depth, Vec<C> (&sums)[rows][vectors],
                              int64_t first_row, Next next) {
   using V = Vec<C>;
+  constexpr int groups = (rows + 2) / 3;
+  const C* group[groups];
+#pragma GCC unroll 4
+  for (int i = 0; i < groups; ++i) group[i] = a + 3 * i * row_stride;
   for (int64_t d = 0; d < depth; ++d) {
     next.fetch(first_row, d);
     V b[vectors];
     for (int v = 0; v < vectors; ++v) b[v] = V::load(panel + v * V::size);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const V factor = V::broadcast(a[r * row_stride]);
+      const V factor = V::broadcast(group[r / 3][r % 3 * row_stride]);
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sums[r][v] = fmadd(factor, b[v], sums[r][v]);
     }
-    a += depth_stride;
+#pragma GCC unroll 4
+    for (int i = 0; i < groups; ++i) group[i] += depth_stride;
     panel += panel_stride;
   }
 }
@@ -141,20 +168,43 @@ AIT_INLINE void for_each_block(int64_t rows, Run run) {
   for (; row < rows; ++row) run(row, Constant<1>{});
 }
 
-// store(row, column, vector) for the product of a (rows, depth) and a packed matrix.
-template <typename C, typename Next, typename Store>
-AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
-                                int64_t depth, int64_t columns, Next next, Store store) {
+// The product of `rows` rows of a and one panel; only the first `columns` columns are written.
+template <int rows, int vectors, typename C, typename S, typename Next>
+AIT_INLINE void multiply_block(const C* a, int64_t a_stride, int64_t first_row, const C* panel,
+                               int64_t depth, int64_t columns, Next next, S* out,
+                               int64_t out_stride) {
   using V = Vec<C>;
-  const auto panel = [&](int64_t column, auto vectors, auto upcoming) {
-    for_each_block(rows, [&](int64_t row, auto block) {
-      V sums[block.value][vectors.value];
-      for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
-      multiply_add(a + row * a_stride, a_stride, 1, packed + column * depth,
-                   vectors.value * V::size, depth, sums, row, upcoming);
-      for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
-        store(row + r, column + v * V::size, sum);
-      });
+  V sums[rows][vectors];
+  for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
+  multiply_add(a, a_stride, 1, panel, vectors * V::size, depth, sums, first_row, next);
+  if (columns >= vectors * V::size) {
+    for_each_sum(sums, [&](V& sum, int r, int v)
+                           __attribute__((always_inline)) { sum.store(out + r * out_stride + v * V::size); });
+    return;
+  }
+  for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
+    const int64_t rest = columns - v * V::size;
+    S* target = out + r * out_stride + v * V::size;
+    if (rest >= V::size) {
+      sum.store(target);
+    } else if (rest > 0) {
+      sum.store(target, rest);
+    }
+  });
+}
+
+// out (rows, columns) = a (rows, depth) times a packed matrix, rounded to storage type S. Columns
+// from `written` on are left alone; those between `columns` and `written` become 0.
+template <typename C, typename S, typename Next>
+AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
+                                int64_t depth, int64_t columns, int64_t written, Next next, S* out,
+                                int64_t out_stride) {
+  const auto panel = [=](int64_t column, auto vectors, auto upcoming) {
+    for_each_block(rows, [=](int64_t row, auto block) {
+      multiply_block<block.value, vectors.value>(a + row * a_stride, a_stride, row,
+                                                 packed + column * depth, depth, written - column,
+                                                 upcoming, out + row * out_stride + column,
+                                                 out_stride);
     });
   };
   for (int64_t column = 0; column < columns; column += kPanel<C>) {
@@ -171,20 +221,16 @@ AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, cons
 template <typename C>
 void multiply(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
               int64_t columns, C* out, int64_t out_stride) {
-  multiply_packed(a, a_stride, rows, packed, depth, columns, NothingUpcoming{},
-                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
-                    sum.store(out + row * out_stride + column);
-                  });
+  multiply_packed(a, a_stride, rows, packed, depth, columns, out_stride, NothingUpcoming{}, out,
+                  out_stride);
 }
 
 // The logits of a tile of states: the same, while the states of the next tile are fetched.
 template <typename C>
-void multiply_states(const HopfieldPatterns<C>& p, const C* states, int64_t rows, Upcoming next,
+void multiply_states(const HopfieldPatterns<C>& p, Rows<C> states, int64_t rows, Upcoming next,
                      C* logits) {
-  multiply_packed(states, p.width_stride, rows, p.transposed, p.width, p.num_patterns, next,
-                  [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
-                    sum.store(logits + row * p.pattern_stride + column);
-                  });
+  multiply_packed(states.data, states.stride, rows, p.transposed, p.width, p.num_patterns,
+                  p.pattern_stride, next, logits, p.pattern_stride);
 }
 
 // A product rounded to storage type S; touches no element beyond the columns. A few rows at a time
@@ -195,18 +241,8 @@ void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* pa
                          int64_t columns, S* out) {
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t block = rows - first < kRows ? rows - first : kRows;
-    S* block_out = out + first * columns;
-    multiply_packed(a + first * a_stride, a_stride, block, packed, depth, columns,
-                    NothingUpcoming{},
-                    [&](int64_t row, int64_t column, Vec<C> sum) __attribute__((always_inline)) {
-                      const int64_t rest = columns - column;
-                      S* target = block_out + row * columns + column;
-                      if (rest >= Vec<C>::size) {
-                        sum.store(target);
-                      } else if (rest > 0) {
-                        sum.store(target, rest);
-                      }
-                    });
+    multiply_packed(a + first * a_stride, a_stride, block, packed, depth, columns, columns,
+                    NothingUpcoming{}, out + first * columns, columns);
   }
 }
 
