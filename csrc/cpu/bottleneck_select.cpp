@@ -139,7 +139,9 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
 
 int64_t default_tile_tokens(const SelectProblem& problem, int64_t tokens_per_step,
                             int64_t element_size) {
-  const int64_t row_bytes = std::max(problem.width, int64_t{1}) * element_size;
+  const int64_t width = problem.elementwise ? std::min(problem.num_rows, kMaxBlockRows)
+                                            : std::max(problem.width, int64_t{1});
+  const int64_t row_bytes = width * element_size;
   const int64_t most = std::min(problem.num_tokens, kMaxTileTokens);
   const int64_t steps = std::min(kTileBytes / row_bytes, most) / tokens_per_step;
   return std::max(steps, int64_t{1}) * tokens_per_step;
@@ -210,7 +212,14 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
       num_tokens,
       width,
       kept,
-      0};
+      0,
+      false};
+  if (rows == 1 && width == 1 && problem.group_stride == 1) {
+    // Logits that are there already: side by side, they are multiplied and filtered together.
+    problem.elementwise = true;
+    problem.num_rows = groups;
+    problem.num_groups = 1;
+  }
   const auto run_with = [&]<typename C>(const SelectKernels<C>& kernel) {
     problem.tile_tokens = default_tile_tokens(problem, kernel.tokens_per_step, sizeof(C));
     run(kernel, problem, choose_partition(problem, kernel.rows_per_panel),
@@ -247,7 +256,8 @@ void bottleneck_select_tiled(const float* query, const float* tokens, const uint
                               num_tokens,
                               width,
                               std::min(k, num_tokens),
-                              std::min(tile_tokens, num_tokens)};
+                              std::min(tile_tokens, num_tokens),
+                              false};
   const int64_t block_rows =
       divide_up(std::min(num_rows, kMaxBlockRows), kernel.rows_per_panel) * kernel.rows_per_panel;
   run(kernel, problem, split(problem, block_rows, std::min(ranges, num_tokens)), values, indices);

@@ -2,6 +2,8 @@
 // this file must not include).
 #include <common/simd.h>
 #include <cpu/bottleneck_select_kernel.h>
+#include <cpu/bottleneck_select_list.h>
+#include <cpu/bottleneck_select_load.h>
 
 namespace ait::cpu {
 namespace {
@@ -15,147 +17,9 @@ constexpr int kStepTokens = 14;
 constexpr int kStepTokens = 6;
 #endif
 
-AIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 AIT_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
-
-// ---- Loading ------------------------------------------------------------------------------------
-
-template <typename C, typename S>
-void convert_row(const S* source, int64_t n, C* row) {
-  using V = Vec<C>;
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) V::load(source + i).store(row + i);
-  if (i < n) V::load(source + i, n - i).store(row + i, n - i);
-}
-
-// Rounds to float, and on to the half type H unless that is float too, as torch does from double.
-template <typename H, typename C>
-void round_row(int64_t n, C* row) {
-  using V = Vec<float>;
-  for (int64_t i = 0; i < n; i += V::size) {
-    const int64_t m = smaller(V::size, n - i);
-    float rounded[V::size] = {};
-    H half[V::size];
-    for (int64_t j = 0; j < m; ++j) rounded[j] = float(row[i + j]);
-    V::load(rounded).store(half);
-    V::load(half).store(rounded);
-    for (int64_t j = 0; j < m; ++j) row[i + j] = C(rounded[j]);
-  }
-}
-
-template <typename C>
-constexpr Storage kStorageOf = sizeof(C) == sizeof(double) ? Storage::float64 : Storage::float32;
-
-// Writes the n elements of `source` that begin at `offset`, as C, rounded to `rounding`.
-template <typename C>
-void load_row(const void* source, Storage storage, int64_t offset, Storage rounding, int64_t n,
-              C* row) {
-  if constexpr (sizeof(C) == sizeof(float)) {
-    if (storage == Storage::bfloat16) {
-      convert_row(static_cast<const BFloat16*>(source) + offset, n, row);
-    } else if (storage == Storage::float16) {
-      convert_row(static_cast<const Float16*>(source) + offset, n, row);
-    } else {
-      convert_row(static_cast<const float*>(source) + offset, n, row);
-    }
-  } else {
-    convert_row(static_cast<const C*>(source) + offset, n, row);
-    if (rounding == Storage::float32) round_row<float>(n, row);
-  }
-  if (rounding == Storage::bfloat16) round_row<BFloat16>(n, row);
-  if (rounding == Storage::float16) round_row<Float16>(n, row);
-}
-
-// ---- Keys ---------------------------------------------------------------------------------------
-
-template <typename C>
-constexpr SelectKey<C> kLargestKey = SelectKey<C>(~(uint64_t{1} << 63) >> (64 - 8 * sizeof(C)));
-template <typename C>
-constexpr SelectKey<C> kBelowAllKeys = -kLargestKey<C> - 1;
-
-// All NaNs have the largest key, and -0 that of +0.
-template <typename C>
-AIT_INLINE SelectKey<C> to_key(C logit) {
-  using Key = SelectKey<C>;
-  if (logit != logit) return kLargestKey<C>;
-  const C without_negative_zero = logit + C(0);
-  Key bits;
-  std::memcpy(&bits, &without_negative_zero, sizeof bits);
-  return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & kLargestKey<C>);
-}
-
-template <typename C>
-AIT_INLINE C to_logit(SelectKey<C> key) {
-  using Key = SelectKey<C>;
-  if (key == kLargestKey<C>) return C(__builtin_nanf(""));
-  const Key bits = key ^ ((key >> (8 * sizeof(Key) - 1)) & kLargestKey<C>);
-  C logit;
-  std::memcpy(&logit, &bits, sizeof logit);
-  return logit;
-}
-
-// ---- Lists of candidates ------------------------------------------------------------------------
-
-template <typename Key>
-int64_t count_at_least(const Key* keys, int64_t n, Key bound) {
-  Key count = 0;  // n < 2^31, and a counter as wide as the keys vectorises best
-  for (int64_t i = 0; i < n; ++i) count += Key(keys[i] >= bound);
-  return count;
-}
-
-template <typename Key>
-int64_t count_equal(const Key* keys, int64_t n, Key value) {
-  Key count = 0;
-  for (int64_t i = 0; i < n; ++i) count += Key(keys[i] == value);
-  return count;
-}
-
-// Keeps the k largest of n > k entries, in their order; of equal ones the first. Returns the
-// smallest key that is kept. Bisection on the keys: at most one counting pass for each bit of a
-// key, whatever the keys are.
-template <typename C>
-SelectKey<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k) {
-  using Key = SelectKey<C>;
-  using Unsigned = typename SelectKeyOf<C>::unsigned_type;
-  Key low = keys[0], high = keys[0];
-  for (int64_t i = 1; i < n; ++i) {
-    low = keys[i] < low ? keys[i] : low;
-    high = keys[i] > high ? keys[i] : high;
-  }
-  // Throughout, at least k keys are >= low and fewer than k are > high.
-  int64_t at_least_low = n;
-  while (low < high && at_least_low > k) {
-    const Key middle = Key(Unsigned(low) + (Unsigned(high) - Unsigned(low)) / 2 + 1);
-    const int64_t at_least_middle = count_at_least(keys, n, middle);
-    if (at_least_middle >= k) {
-      low = middle;
-      at_least_low = at_least_middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  // All that are >= low stay, except the last of those equal to it, if they are too many.
-  for (int64_t i = n - 1, surplus = at_least_low - k; surplus > 0; --i) {
-    if (keys[i] != low) continue;
-    keys[i] = kBelowAllKeys<C>;
-    --surplus;
-  }
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Key key = keys[i];
-    keys[kept] = key;
-    tokens[kept] = tokens[i];
-    kept += key >= low;
-  }
-  Key smallest = keys[0];
-  for (int64_t i = 1; i < k; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
-  return smallest;
-}
-
-// ---- Scanning -----------------------------------------------------------------------------------
 
 // Hands out parts of a block of memory; without one it measures how much is needed.
 struct Arena {
@@ -198,8 +62,30 @@ void multiply(const C* panel, const C* tile, int64_t tile_stride, int64_t width,
   }
 }
 
+// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
+// multiply() with width 1.
+template <typename C, int kVectors>
+AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
+  using V = Vec<C>;
+  for (int t = 0; t < kStepTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V token = V::load(tile + t * tile_stride + v * V::size);
+      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
+      logit.store(logits + (t * kVectors + v) * V::size);
+    }
+  }
+}
+
 AIT_INLINE int64_t size_of(Storage storage) {
   return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
+// How many elements of a token a block of rows asks for, and where the first of them is.
+AIT_INLINE int64_t tile_width(const SelectProblem& problem, int64_t num_rows) {
+  return problem.elementwise ? num_rows : problem.width;
+}
+AIT_INLINE int64_t first_element(const SelectProblem& problem, const SelectTask& task) {
+  return task.group * problem.group_stride + (problem.elementwise ? task.first_row : 0);
 }
 
 // Asks for the tokens of the next tile, a few cache lines at a time while this one is multiplied.
@@ -207,10 +93,9 @@ class Prefetcher {
  public:
   Prefetcher(const SelectProblem& problem, const SelectTask& task)
       : size_(size_of(problem.token_storage)),
-        row_bytes_(problem.width * size_),
+        row_bytes_(tile_width(problem, task.num_rows) * size_),
         row_stride_(problem.token_stride * size_),
-        group_(static_cast<const char*>(problem.tokens) +
-               task.group * problem.group_stride * size_) {}
+        group_(static_cast<const char*>(problem.tokens) + first_element(problem, task) * size_) {}
 
   // The next `num_tokens` tokens, from `token` on, in `steps` steps.
   void start(int64_t token, int64_t num_tokens, int64_t steps) {
@@ -239,27 +124,41 @@ class Prefetcher {
   int64_t byte_ = 0, rows_left_ = 0, lines_per_step_ = 0;
 };
 
-// What a task keeps beside its lists.
+// A list of candidates while it is filled.
+template <typename C>
+struct List {
+  SelectKey<C>* keys;
+  int32_t* tokens;
+  int64_t count;
+  SelectKey<C> threshold;  // as many as k of those seen have this key or a larger one
+};
+
+// What a task keeps beside its candidates.
 template <typename C>
 struct ScanBuffers {
   ScanBuffers(const SelectProblem& problem, int64_t num_rows, Arena& arena)
       : padded_rows(round_up(num_rows, Vec<C>::size)),
-        copy_stride(problem.width + (problem.width % 256 == 0 ? 16 : 0)),
+        copy_stride(stride_of_copies(round_up(tile_width(problem, num_rows), Vec<C>::size))),
         panels(arena.take<C>(padded_rows * problem.width)),
         copied_tokens(arena.take<C>(round_up(problem.tile_tokens, kStepTokens) * copy_stride)),
         tile_tokens(arena.take<int32_t>(problem.tile_tokens)),
         unpacked(arena.take<C>(problem.width)),
         thresholds(arena.take<C>(padded_rows)),
-        threshold_keys(arena.take<SelectKey<C>>(padded_rows)) {}
+        open_rows(arena.take<uint64_t>(padded_rows)),
+        lists(arena.take<List<C>>(num_rows)) {}
+
+  // No multiple of 1 KiB: rows would compete for the same cache sets.
+  static int64_t stride_of_copies(int64_t width) { return width + (width % 256 == 0 ? 16 : 0); }
 
   int64_t padded_rows;
-  int64_t copy_stride;  // no multiple of 1 KiB: rows would compete for the same cache sets
+  int64_t copy_stride;
   C* panels;
   C* copied_tokens;
   int32_t* tile_tokens;
   C* unpacked;
-  C* thresholds;
-  SelectKey<C>* threshold_keys;
+  C* thresholds;        // the lists' thresholds, as logits
+  uint64_t* open_rows;  // of each panel, at its first row: see filter()
+  List<C>* lists;
 };
 
 template <typename C>
@@ -277,19 +176,13 @@ class Scan {
         prefetcher_(problem, task),
         can_read_in_place_(problem.token_storage == kStorageOf<C> &&
                            problem.rounding == kStorageOf<C> &&
-                           problem.token_stride * int64_t(sizeof(C)) % 2048 != 0),
+                           problem.token_stride * int64_t(sizeof(C)) % 2048 != 0 &&
+                           (!problem.elementwise || task.num_rows % kLanes == 0)),
         worth_prefetching_(task.num_rows > kPanelRows || problem.token_stride != problem.width) {}
 
   SelectStatistics run() {
     pack_query();
-    for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
-      // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
-      // Rows that fill up a vector have no list.
-      const bool real = row < task_.num_rows;
-      buffers_.thresholds[row] = C(real ? __builtin_nanf("") : __builtin_inff());
-      buffers_.threshold_keys[row] = real ? kBelowAllKeys<C> : kLargestKey<C>;
-      if (real) count_of(row) = 0;
-    }
+    open_lists();
     for (int64_t token = task_.first_token; token < task_.last_token;) {
       token = load_tile(token);
       start_prefetch(token);
@@ -302,7 +195,9 @@ class Scan {
       }
     }
     for (int64_t row = 0; row < task_.num_rows; ++row) {
-      if (count_of(row) > problem_.k) cut(row);
+      List<C>& list = buffers_.lists[row];
+      if (list.count > problem_.k) cut(row, problem_.k);
+      candidates_.counts[row * candidates_.ranges + task_.range] = list.count;
     }
     return statistics_;
   }
@@ -327,6 +222,22 @@ class Scan {
     }
   }
 
+  void open_lists() {
+    for (int64_t row = 0; row < task_.num_rows; ++row) {
+      const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
+      buffers_.lists[row] = {candidates_.keys + first, candidates_.tokens + first, 0,
+                             kBelowAllKeys<C>};
+    }
+    for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
+      // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
+      const bool real = row < task_.num_rows;
+      buffers_.thresholds[row] = C(real ? __builtin_nanf("") : __builtin_inff());
+      uint64_t& panel = buffers_.open_rows[row / kPanelRows * kPanelRows];
+      if (row % kPanelRows == 0) panel = 0;
+      panel |= uint64_t{real} << row % kPanelRows;
+    }
+  }
+
   // Makes a tile of the unmasked tokens from `token` on; returns the token after the last of them.
   int64_t load_tile(int64_t token) {
     const int64_t most = smaller(problem_.tile_tokens, task_.last_token - token);
@@ -343,7 +254,7 @@ class Scan {
   }
 
   int64_t offset_of(int64_t token) const {
-    return token * problem_.token_stride + task_.group * problem_.group_stride;
+    return token * problem_.token_stride + first_element(problem_, task_);
   }
 
   int64_t point_to_tile(int64_t token, int64_t num_tokens) {
@@ -362,7 +273,7 @@ class Scan {
     for (; token < task_.last_token && n < problem_.tile_tokens; ++token) {
       if (problem_.mask != nullptr && problem_.mask[token]) continue;
       load_row(problem_.tokens, problem_.token_storage, offset_of(token), problem_.rounding,
-               problem_.width, buffers_.copied_tokens + n * stride);
+               tile_width(problem_, task_.num_rows), buffers_.copied_tokens + n * stride);
       buffers_.tile_tokens[n++] = int32_t(token);
     }
     const int64_t missing = round_up(n, kStepTokens) - n;
@@ -388,13 +299,19 @@ class Scan {
     const C* panel = buffers_.panels + row * problem_.width;
     for (int64_t t = 0; t < tile_size_; t += kStepTokens) {
       prefetcher_.step();
-      multiply<C, kVectors>(panel, tile_ + t * tile_stride_, tile_stride_, problem_.width, logits);
+      const C* tile = tile_ + t * tile_stride_;
+      if (problem_.elementwise) {
+        multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
+      } else {
+        multiply<C, kVectors>(panel, tile, tile_stride_, problem_.width, logits);
+      }
       filter<kVectors>(logits, buffers_.tile_tokens + t, smaller(kStepTokens, tile_size_ - t), row);
     }
   }
 
   // Appends what passes the thresholds, token by token. A list that is cut on the way raises its
-  // own threshold, which append() reads again.
+  // own threshold, which append() reads again. A row is open unless it only fills up its vector, or
+  // has k NaNs, since of a comparison with NaN no threshold could say that nothing passes.
   template <int kVectors>
   void filter(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
     constexpr int64_t kRows = kVectors * kLanes;
@@ -408,7 +325,10 @@ class Scan {
             not_less_equal_mask(Vec<C>::load(logits + i * kLanes), Vec<C>::load(thresholds));
         passing |= mask << ((i - first) * kLanes);
       }
-      for (; passing != 0; passing &= passing - 1) {
+      if (passing == 0) continue;
+      uint64_t open = buffers_.open_rows[first_row];
+      for (int64_t rows = kRows; rows < 64; rows *= 2) open |= open << rows;
+      for (passing &= open; passing != 0; passing &= passing - 1) {
         const int64_t position = first * kLanes + __builtin_ctzll(passing);
         append(first_row + position % kRows, logits[position], tokens[position / kRows]);
       }
@@ -416,31 +336,29 @@ class Scan {
   }
 
   AIT_INLINE void append(int64_t row, C logit, int32_t token) {
+    List<C>& list = buffers_.lists[row];
     const SelectKey<C> key = to_key(logit);
-    if (key <= buffers_.threshold_keys[row]) return;
-    int64_t& count = count_of(row);
-    const int64_t entry = list_of(row) + count;
-    candidates_.keys[entry] = key;
-    candidates_.tokens[entry] = token;
+    if (key <= list.threshold) return;
+    list.keys[list.count] = key;
+    list.tokens[list.count] = token;
     // A list that holds no more than k even when full holds all tokens of the range.
-    if (++count == candidates_.capacity && count > problem_.k) cut(row);
+    if (++list.count == candidates_.capacity && list.count > problem_.k) {
+      cut(row, problem_.k + (candidates_.capacity - problem_.k) / 4);
+    }
   }
 
-  __attribute__((noinline)) void cut(int64_t row) {
-    const int64_t list = list_of(row);
-    const SelectKey<C> key = keep_largest<C>(candidates_.keys + list, candidates_.tokens + list,
-                                             count_of(row), problem_.k);
-    count_of(row) = problem_.k;
-    buffers_.threshold_keys[row] = key;
-    buffers_.thresholds[row] = key == kLargestKey<C> ? C(__builtin_inff()) : to_logit<C>(key);
+  // Leaves k entries, or up to `most`.
+  __attribute__((noinline)) void cut(int64_t row, int64_t most) {
+    List<C>& list = buffers_.lists[row];
+    const Kept<C> kept = keep_largest<C>(list.keys, list.tokens, list.count, problem_.k, most);
+    list.count = kept.count;
+    list.threshold = kept.smallest;
+    buffers_.thresholds[row] = to_logit<C>(kept.smallest);
+    if (kept.smallest == kLargestKey<C>) {
+      buffers_.thresholds[row] = C(__builtin_inff());
+      buffers_.open_rows[row / kPanelRows * kPanelRows] &= ~(uint64_t{1} << row % kPanelRows);
+    }
     ++statistics_.list_cuts;
-  }
-
-  int64_t& count_of(int64_t row) {
-    return candidates_.counts[row * candidates_.ranges + task_.range];
-  }
-  int64_t list_of(int64_t row) const {
-    return (row * candidates_.ranges + task_.range) * candidates_.capacity;
   }
 
   const SelectProblem& problem_;
@@ -485,7 +403,7 @@ void collect(const SelectProblem& problem, const SelectCandidates<C>& candidates
       n += count;
     }
     if (n > k) {
-      keep_largest<C>(keys, tokens, n, k);
+      keep_largest<C>(keys, tokens, n, k, k);
       n = k;
     }
     for (int64_t j = 0; j < n; ++j) {

@@ -53,6 +53,8 @@ struct SelectProblem {
   int64_t width;        // d
   int64_t k;            // 1 <= k <= T
   int64_t tile_tokens;  // unmasked tokens in a tile, at least 1
+  // Row r asks for element r of a token alone (G = 1, d = 1; tokens are (T, R)).
+  bool elementwise;
 };
 
 struct SelectTask {

@@ -1,0 +1,60 @@
+// Loading for bottleneck_select: rows of any storage type, as the compute type, rounded on request.
+// Included by bottleneck_select_kernel.cpp alone.
+#pragma once
+
+#include <common/simd.h>
+#include <cpu/bottleneck_select_kernel.h>
+
+namespace ait::cpu {
+namespace {
+
+AIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename C, typename S>
+void convert_row(const S* source, int64_t n, C* row) {
+  using V = Vec<C>;
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) V::load(source + i).store(row + i);
+  if (i < n) V::load(source + i, n - i).store(row + i, n - i);
+}
+
+// Rounds to float, and on to the half type H unless that is float too, as torch does from double.
+template <typename H, typename C>
+void round_row(int64_t n, C* row) {
+  using V = Vec<float>;
+  for (int64_t i = 0; i < n; i += V::size) {
+    const int64_t m = smaller(V::size, n - i);
+    float rounded[V::size] = {};
+    H half[V::size];
+    for (int64_t j = 0; j < m; ++j) rounded[j] = float(row[i + j]);
+    V::load(rounded).store(half);
+    V::load(half).store(rounded);
+    for (int64_t j = 0; j < m; ++j) row[i + j] = C(rounded[j]);
+  }
+}
+
+template <typename C>
+constexpr Storage kStorageOf = sizeof(C) == sizeof(double) ? Storage::float64 : Storage::float32;
+
+// Writes the n elements of `source` that begin at `offset`, as C, rounded to `rounding`.
+template <typename C>
+void load_row(const void* source, Storage storage, int64_t offset, Storage rounding, int64_t n,
+              C* row) {
+  if constexpr (sizeof(C) == sizeof(float)) {
+    if (storage == Storage::bfloat16) {
+      convert_row(static_cast<const BFloat16*>(source) + offset, n, row);
+    } else if (storage == Storage::float16) {
+      convert_row(static_cast<const Float16*>(source) + offset, n, row);
+    } else {
+      convert_row(static_cast<const float*>(source) + offset, n, row);
+    }
+  } else {
+    convert_row(static_cast<const C*>(source) + offset, n, row);
+    if (rounding == Storage::float32) round_row<float>(n, row);
+  }
+  if (rounding == Storage::bfloat16) round_row<BFloat16>(n, row);
+  if (rounding == Storage::float16) round_row<Float16>(n, row);
+}
+
+}  // namespace
+}  // namespace ait::cpu
