@@ -178,7 +178,8 @@ class Scan {
                            problem.rounding == kStorageOf<C> &&
                            problem.token_stride * int64_t(sizeof(C)) % 2048 != 0 &&
                            (!problem.elementwise || task.num_rows % kLanes == 0)),
-        worth_prefetching_(task.num_rows > kPanelRows || problem.token_stride != problem.width) {}
+        worth_prefetching_(!problem.elementwise &&
+                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)) {}
 
   SelectStatistics run() {
     pack_query();
@@ -300,21 +301,48 @@ class Scan {
     for (int64_t t = 0; t < tile_size_; t += kStepTokens) {
       prefetcher_.step();
       const C* tile = tile_ + t * tile_stride_;
+      const int32_t* tokens = buffers_.tile_tokens + t;
+      const int64_t num_tokens = smaller(kStepTokens, tile_size_ - t);
+      const bool fits = fits_uncut_lists(row, num_tokens);
+      if (problem_.elementwise && !fits) {
+        multiply_and_filter<kVectors>(tile + row, tokens, num_tokens, row);
+        continue;
+      }
       if (problem_.elementwise) {
         multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
       } else {
         multiply<C, kVectors>(panel, tile, tile_stride_, problem_.width, logits);
       }
-      filter<kVectors>(logits, buffers_.tile_tokens + t, smaller(kStepTokens, tile_size_ - t), row);
+      if (fits) {
+        fill<kVectors>(logits, tokens, num_tokens, row);
+      } else {
+        filter<kVectors>(logits, tokens, num_tokens, row);
+      }
     }
   }
 
-  // Appends what passes the thresholds, token by token. A list that is cut on the way raises its
-  // own threshold, which append() reads again. A row is open unless it only fills up its vector, or
-  // has k NaNs, since of a comparison with NaN no threshold could say that nothing passes.
+  // Until their lists are full for the first time all rows of a panel take all tokens.
+  bool fits_uncut_lists(int64_t first_row, int64_t num_tokens) const {
+    const List<C>& list = buffers_.lists[first_row];
+    return list.threshold == kBelowAllKeys<C> && list.count + num_tokens < candidates_.capacity;
+  }
+
+  template <int kVectors>
+  void fill(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
+    constexpr int64_t kRows = kVectors * kLanes;
+    alignas(64) SelectKey<C> keys[kStepTokens * kRows];
+    for (int64_t i = 0; i < kStepTokens * kRows; ++i) keys[i] = to_key(logits[i]);
+    for (int64_t r = 0; r < smaller(kRows, task_.num_rows - first_row); ++r) {
+      List<C>& list = buffers_.lists[first_row + r];
+      for (int64_t t = 0; t < num_tokens; ++t) list.keys[list.count + t] = keys[t * kRows + r];
+      for (int64_t t = 0; t < num_tokens; ++t) list.tokens[list.count + t] = tokens[t];
+      list.count += num_tokens;
+    }
+  }
+
+  // Appends what passes the thresholds, token by token.
   template <int kVectors>
   void filter(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
-    constexpr int64_t kRows = kVectors * kLanes;
     constexpr int64_t kVectorsPerWord = 64 / kLanes;
     const int64_t num_vectors = num_tokens * kVectors;
     for (int64_t first = 0; first < num_vectors; first += kVectorsPerWord) {
@@ -325,13 +353,61 @@ class Scan {
             not_less_equal_mask(Vec<C>::load(logits + i * kLanes), Vec<C>::load(thresholds));
         passing |= mask << ((i - first) * kLanes);
       }
-      if (passing == 0) continue;
-      uint64_t open = buffers_.open_rows[first_row];
-      for (int64_t rows = kRows; rows < 64; rows *= 2) open |= open << rows;
-      for (passing &= open; passing != 0; passing &= passing - 1) {
-        const int64_t position = first * kLanes + __builtin_ctzll(passing);
-        append(first_row + position % kRows, logits[position], tokens[position / kRows]);
+      if (passing != 0) {
+        append_all<kVectors>(passing, logits + first * kLanes, tokens + first / kVectors,
+                             first_row);
       }
+    }
+  }
+
+  // multiply_each() and filter() in one, where logits are not worth a way through memory.
+  template <int kVectors>
+  void multiply_and_filter(const C* tile, const int32_t* tokens, int64_t num_tokens,
+                           int64_t first_row) {
+    constexpr int64_t kTokens = 2, kRows = kVectors * kLanes;
+    constexpr int64_t kTokensAhead = 64, kVectorsPerLine = 64 / sizeof(Vec<C>);
+    static_assert(kStepTokens % kTokens == 0 && kTokens * kRows <= 64);
+    using V = Vec<C>;
+    V query[kVectors], thresholds[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      query[v] = V::load(buffers_.panels + first_row + v * kLanes);
+      thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
+    }
+    for (int64_t t = 0; t < num_tokens; t += kTokens) {
+      V logits[kTokens * kVectors];
+      uint64_t passing = 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < kTokens * kVectors; ++i) {
+        const C* element = tile + (t + i / kVectors) * tile_stride_ + i % kVectors * kLanes;
+        if (i % kVectorsPerLine == 0) {
+          __builtin_prefetch(element + kTokensAhead * tile_stride_, 0, 2);
+        }
+        logits[i] = fmadd(query[i % kVectors], V::load(element), V::zero());
+        const uint64_t mask = not_less_equal_mask(logits[i], thresholds[i % kVectors]);
+        passing |= mask << (i * kLanes);
+      }
+      if (t + 1 == num_tokens) passing &= (uint64_t{1} << kRows) - 1;  // the second is padding
+      if (passing == 0) continue;
+      alignas(64) C stored[kTokens * kRows];
+      for (int i = 0; i < kTokens * kVectors; ++i) logits[i].store(stored + i * kLanes);
+      append_all<kVectors>(passing, stored, tokens + t, first_row);
+      for (int v = 0; v < kVectors; ++v) {
+        thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
+      }
+    }
+  }
+
+  // Appends the logits whose bit is set. A list that is cut on the way raises its own threshold,
+  // which append() reads again. A row is open unless it only fills up its vector, or has k NaNs,
+  // since of a comparison with NaN no threshold could say that nothing passes.
+  template <int kVectors>
+  void append_all(uint64_t passing, const C* logits, const int32_t* tokens, int64_t first_row) {
+    constexpr int64_t kRows = kVectors * kLanes;
+    uint64_t open = buffers_.open_rows[first_row];
+    for (int64_t rows = kRows; rows < 64; rows *= 2) open |= open << rows;
+    for (passing &= open; passing != 0; passing &= passing - 1) {
+      const int64_t position = __builtin_ctzll(passing);
+      append(first_row + position % kRows, logits[position], tokens[position / kRows]);
     }
   }
 
