@@ -11,12 +11,15 @@ namespace ait {
 
 enum class Path {
   select_calls,
-  select_tasks,       // blocks of rows, times ranges of tokens
-  select_split_rows,  // rows whose tokens were split into several ranges
-  select_list_cuts,   // lists of candidates that were cut down to the k largest
+  select_tasks,         // blocks of rows, times ranges of tokens
+  select_split_rows,    // rows whose tokens were split into several ranges
+  select_list_cuts,     // lists of candidates that were cut down to about the k largest
+  select_cuts_in_ties,  // of them, those that had to leave out some of several equal logits
+  select_closed_rows,   // rows with k NaNs, which take no more
   select_tiles_in_place,
-  select_tiles_copied,  // converted, rounded, or gathered around masked tokens
-  select_masked_calls,  // calls with a mask
+  select_tiles_copied,       // converted, rounded, or gathered around masked tokens
+  select_masked_calls,       // calls with a mask
+  select_elementwise_calls,  // calls with ready logits: one row a group, width 1
   count,
 };
 

@@ -17,8 +17,10 @@ namespace {
 
 constexpr const char* kName = "bottleneck_select";
 
-// A tile of tokens that stays in the second-level cache while the panels of a block pass by.
+// A tile of tokens that stays in the second-level cache while the panels of a block pass by; in the
+// first where each panel reads elements of its own, so that memory is read in its order.
 constexpr int64_t kTileBytes = 1 << 17;
+constexpr int64_t kElementwiseTileBytes = 1 << 13;
 constexpr int64_t kMaxTileTokens = 1024;
 constexpr int64_t kMaxBlockRows = 256;
 
@@ -122,6 +124,8 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
     const SelectStatistics statistics =
         kernel.scan(problem, task, candidates, scratch.get() + slot * scratch_bytes);
     count_path(Path::select_list_cuts, statistics.list_cuts);
+    count_path(Path::select_cuts_in_ties, statistics.cuts_in_ties);
+    count_path(Path::select_closed_rows, statistics.closed_rows);
     count_path(Path::select_tiles_in_place, statistics.tiles_in_place);
     count_path(Path::select_tiles_copied, statistics.tiles_copied);
     if (ranges == 1) collect(task, candidates);
@@ -135,6 +139,7 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
   count_path(Path::select_calls);
   count_path(Path::select_tasks, tasks);
   count_path(Path::select_masked_calls, problem.mask != nullptr);
+  count_path(Path::select_elementwise_calls, problem.elementwise);
 }
 
 int64_t default_tile_tokens(const SelectProblem& problem, int64_t tokens_per_step,
@@ -143,7 +148,8 @@ int64_t default_tile_tokens(const SelectProblem& problem, int64_t tokens_per_ste
                                             : std::max(problem.width, int64_t{1});
   const int64_t row_bytes = width * element_size;
   const int64_t most = std::min(problem.num_tokens, kMaxTileTokens);
-  const int64_t steps = std::min(kTileBytes / row_bytes, most) / tokens_per_step;
+  const int64_t tile_bytes = problem.elementwise ? kElementwiseTileBytes : kTileBytes;
+  const int64_t steps = std::min(tile_bytes / row_bytes, most) / tokens_per_step;
   return std::max(steps, int64_t{1}) * tokens_per_step;
 }
 

@@ -17,6 +17,9 @@ constexpr int kStepTokens = 14;
 constexpr int kStepTokens = 6;
 #endif
 
+// How far ahead tokens are asked for where nothing but reading them takes time.
+constexpr int64_t kBytesAhead = 1 << 15;
+
 AIT_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
@@ -360,14 +363,16 @@ class Scan {
     }
   }
 
-  // multiply_each() and filter() in one, where logits are not worth a way through memory.
+  // multiply_each() and filter() in one, where logits are not worth a way through memory and
+  // waiting for the tokens is most of the time.
   template <int kVectors>
   void multiply_and_filter(const C* tile, const int32_t* tokens, int64_t num_tokens,
                            int64_t first_row) {
     constexpr int64_t kTokens = 2, kRows = kVectors * kLanes;
-    constexpr int64_t kTokensAhead = 64, kVectorsPerLine = 64 / sizeof(Vec<C>);
+    constexpr int64_t kVectorsPerLine = 64 / sizeof(Vec<C>);
     static_assert(kStepTokens % kTokens == 0 && kTokens * kRows <= 64);
     using V = Vec<C>;
+    const int64_t ahead = kBytesAhead / int64_t(sizeof(C));
     V query[kVectors], thresholds[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       query[v] = V::load(buffers_.panels + first_row + v * kLanes);
@@ -380,7 +385,7 @@ class Scan {
       for (int i = 0; i < kTokens * kVectors; ++i) {
         const C* element = tile + (t + i / kVectors) * tile_stride_ + i % kVectors * kLanes;
         if (i % kVectorsPerLine == 0) {
-          __builtin_prefetch(element + kTokensAhead * tile_stride_, 0, 2);
+          __builtin_prefetch(element + ahead, 0, 2);
         }
         logits[i] = fmadd(query[i % kVectors], V::load(element), V::zero());
         const uint64_t mask = not_less_equal_mask(logits[i], thresholds[i % kVectors]);
@@ -430,7 +435,9 @@ class Scan {
     list.count = kept.count;
     list.threshold = kept.smallest;
     buffers_.thresholds[row] = to_logit<C>(kept.smallest);
+    statistics_.cuts_in_ties += kept.in_ties;
     if (kept.smallest == kLargestKey<C>) {
+      ++statistics_.closed_rows;
       buffers_.thresholds[row] = C(__builtin_inff());
       buffers_.open_rows[row / kPanelRows * kPanelRows] &= ~(uint64_t{1} << row % kPanelRows);
     }

@@ -77,7 +77,9 @@ struct SelectCandidates {
 
 // Which paths a task took.
 struct SelectStatistics {
-  int64_t list_cuts;  // full lists cut down to their k largest
+  int64_t list_cuts;     // lists cut down to about their k largest
+  int64_t cuts_in_ties;  // of them, those that had to leave out some of several equal ones
+  int64_t closed_rows;   // rows that have k NaNs, so that nothing more can enter
   int64_t tiles_in_place;
   int64_t tiles_copied;
 };

@@ -52,6 +52,7 @@ template <typename C>
 struct Kept {
   int64_t count;
   SelectKey<C> smallest;
+  bool in_ties;  // entries equal to the smallest were left out
 };
 
 // Keeps the largest of n > k entries, in their order; of equal ones the first: k of them, or up to
@@ -80,7 +81,8 @@ Kept<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k, 
     }
   }
   // All that are > low stay, and of those equal to it the first, as many as there is room for.
-  int64_t equal_ones = at_least_low > most ? k - above_high : n;
+  const bool in_ties = at_least_low > most;
+  int64_t equal_ones = in_ties ? k - above_high : n;
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
     uint32_t greater = greater_mask<kLanes>(keys + i, low);
@@ -99,7 +101,7 @@ Kept<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k, 
   }
   Key smallest = keys[0];
   for (int64_t i = 1; i < kept; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
-  return {kept, smallest};
+  return {kept, smallest, in_ties};
 }
 
 }  // namespace
