@@ -9,6 +9,7 @@ from ait.integrations import (
     insert_workspace,
     load_workspace,
     remove_workspace,
+    with_workspace,
     workspace_state_dict,
     workspaces,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "remove_workspace",
     "reset_memory",
     "show_config",
+    "with_workspace",
     "workspace_state_dict",
     "workspaces",
 ]

@@ -22,13 +22,10 @@ SPLIT = (("intermediate", "output"), ("ffn", "ffn_output"), ("fc1", "fc2"))
 FEED_FORWARD_HINTS = ("mlp", "ffn", "feed", "fc", "linear", "intermediate")
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
 REGISTER_TOKENS = ("register_tokens", "reg_token", "storage_tokens")
-# Arguments of a model that say which of its tokens are no padding, with what must stand beside them: inner modules
-# take arguments of the same names that are something else.
-PADDING_ARGUMENTS = (
-    ("attention_mask", ("input_ids", "pixel_values")),
-    ("pixel_attention_mask", ("pixel_values",)),
-    ("patch_valid", ("patch_coord",)),
-)
+# What a model itself takes, and not a module within it.
+MODEL_INPUTS = ("input_ids", "pixel_values", "patch_coord")
+# Its arguments that are 0 or False where a token is padding.
+PADDING_ARGUMENTS = ("attention_mask", "pixel_attention_mask", "patch_valid")
 
 
 class Place(NamedTuple):
@@ -88,12 +85,15 @@ class Block(NamedTuple):
         return None
 
     def padding_argument(self) -> tuple[nn.Module, str, int] | None:
-        """The nearest module whose ``forward`` is told about padding: it, the argument's name and its position."""
+        """The nearest model around, if it is told about padding: it, the argument's name and its position.
+
+        Modules within a model take masks under the same names that are something else.
+        """
         for ancestor in self.ancestors:
-            names = list(_parameters_of_forward(ancestor))
-            for argument, beside in PADDING_ARGUMENTS:
-                if argument in names and any(name in names for name in beside):
-                    return ancestor, argument, names.index(argument)
+            names = _parameters_of_forward(ancestor)
+            if any(name in names for name in MODEL_INPUTS):
+                argument = next((name for name in PADDING_ARGUMENTS if name in names), None)
+                return None if argument is None else (ancestor, argument, names.index(argument))
         return None
 
 
@@ -162,7 +162,9 @@ def _find_place(block: nn.Module) -> tuple[Place | None, str]:
     children = dict(block.named_children())
     for first, last in SPLIT:
         if first in children and last in children and _has_attention(block):
-            output = f"{last}.dropout" if isinstance(getattr(children[last], "dropout", None), nn.Module) else last
+            inner = ("dropout", "dense") if last == "output" else ()
+            inner = tuple(name for name in inner if isinstance(getattr(children[last], name, None), nn.Module))
+            output = f"{last}.{inner[0]}" if inner else last
             return _measure(block, first, output, (children[first], children[last]))
     for name in WHOLE:
         if name in children and not isinstance(children[name], nn.Identity):

@@ -137,7 +137,7 @@ class InsertedWorkspace(nn.Module):
         return f"mode={self.mode!r}" + (", channels_first=True" if self.channels_first else "")
 
 
-class InsertedLayer(GlobalWorkspaceLayer):
+class InsertedLayer(nn.Module):
     """The published layer in the place of a host's MLP: :class:`ait.GlobalWorkspaceLayer` with the host's masks.
 
     Args:
@@ -155,17 +155,24 @@ class InsertedLayer(GlobalWorkspaceLayer):
     def __init__(
         self, dim: int, *, channels_first: bool = False, mask: TokenMask | None = None, **options: Any
     ) -> None:
-        super().__init__(dim, **options)
+        super().__init__()
         self.channels_first = channels_first
         self.mask = TokenMask() if mask is None else mask
         self.insertion: Insertion | None = None
+        # The name keeps fc1 and fc2 apart from those of a host's MLP, which libraries rename in checkpoints.
+        self.global_workspace = GlobalWorkspaceLayer(dim, **options)
         self.workspace.mask_is_ambient = True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    @property
+    def workspace(self) -> GlobalWorkspace:
+        return self.global_workspace.workspace
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(B, *, E)`` to the same shape; what else a host hands to its MLP (a grid's size) is not needed."""
         if self.channels_first:
             x = x.movedim(1, -1)
-        y = super().forward(x, self.mask.of(x) if self.workspace.writes_now else None)
+        mask = self.mask.of(x) if self.workspace.writes_now else None
+        y: Tensor = self.global_workspace(x, mask)
         return y.movedim(-1, 1) if self.channels_first else y
 
     def reset_parameters(self) -> None:

@@ -154,9 +154,6 @@ def _check_blocks(caller: str, chosen: list[tuple[int, Block]], blocks: list[Blo
     usable = [number for number, block in enumerate(blocks) if block.place is not None]
     for number, block in chosen:
         where = f"{block.class_name} ({block.name!r}, layer {number})"
-        if block.place is None:
-            cure = f"; layers that have: {usable}" if usable else ""
-            raise op_error(caller, f"blocks with an MLP of their own{cure}", f"{where}: {block.reason}")
         causal = block.why_causal()
         if causal is not None:
             raise op_error(
@@ -165,6 +162,9 @@ def _check_blocks(caller: str, chosen: list[tuple[int, Block]], blocks: list[Blo
                 "(of a model with both, pass the encoder)",
                 f"{where}: {causal}",
             )
+        if block.place is None:
+            cure = f"; layers that have: {usable}" if usable else ""
+            raise op_error(caller, f"blocks with an MLP of their own{cure}", f"{where}: {block.reason}")
         place = block.place
         if mode != "wrap" and place.dim_in != place.dim_out:
             raise op_error(

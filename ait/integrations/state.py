@@ -51,9 +51,7 @@ def workspace_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = {f"{name}.{key}" if name else key: value.detach() for name, m in found for key, value in _tensors(m)}
     layers = {name: _number(module, index) for index, (name, module) in enumerate(found)}
     insertion = insertion_of(found[0][1])
-    text = json.dumps({"arguments": None if insertion is None else insertion.arguments, "layers": layers})
-    state[ARGUMENTS_ENTRY] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    return state
+    return with_arguments(state, None if insertion is None else insertion.arguments, layers)
 
 
 def load_workspace(model: Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Model:
@@ -107,6 +105,14 @@ class _Record(NamedTuple):
 
     arguments: dict[str, Any] | None  # of the insertion
     layers: dict[str, int]  # number of each layer, by the name that it has in the file
+
+
+def with_arguments(
+    state: dict[str, Tensor], arguments: dict[str, Any] | None, layers: dict[str, int]
+) -> dict[str, Tensor]:
+    """``state`` with the entry that says how its workspaces were inserted, and which layer has which name."""
+    text = json.dumps({"arguments": arguments, "layers": layers}).encode()
+    return {**state, ARGUMENTS_ENTRY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _find(caller: str, model: Any) -> list[tuple[str, Workspace]]:

@@ -13,7 +13,7 @@ from ait.nn.readers import HopfieldReader
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 from ait.ops._checks import check_positive_int, op_error
 
-Workspace: TypeAlias = InsertedWorkspace | GlobalWorkspaceLayer | GlobalWorkspace
+Workspace: TypeAlias = InsertedWorkspace | InsertedLayer | GlobalWorkspaceLayer | GlobalWorkspace
 
 
 class Cost(NamedTuple):
@@ -135,7 +135,7 @@ def find_workspaces(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, W
         if id(module) in seen:
             return
         seen.add(id(module))
-        if isinstance(module, (InsertedWorkspace, GlobalWorkspaceLayer, GlobalWorkspace)):
+        if isinstance(module, (InsertedWorkspace, InsertedLayer, GlobalWorkspaceLayer, GlobalWorkspace)):
             yield name, module
             return
         for child_name, child in module.named_children():
@@ -155,8 +155,9 @@ def cost(module: Workspace) -> Cost:
     workspace = module if isinstance(module, GlobalWorkspace) else module.workspace
     parameters = count_parameters(module).total
     read = _read_flops(workspace)
-    if isinstance(module, GlobalWorkspaceLayer):
-        read += 2 * (module.fc1.weight.numel() + module.fc2.weight.numel())
+    layer = module.global_workspace if isinstance(module, InsertedLayer) else module
+    if isinstance(layer, GlobalWorkspaceLayer):
+        read += 2 * (layer.fc1.weight.numel() + layer.fc2.weight.numel())
     insertion = insertion_of(module)
     if isinstance(module, InsertedLayer) and insertion is not None:
         parameters -= insertion.host_parameters
