@@ -9,6 +9,7 @@ from typing import Any
 
 import baselines
 import torch
+import torch._functorch.config
 from peak_memory import peak_bytes
 from table import Row, Target, gflops, gigabytes
 from timing import Spread, by_turns
