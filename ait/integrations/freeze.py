@@ -35,13 +35,9 @@ def freeze_backbone(model: nn.Module, frozen: bool = True, *, head: bool | str |
         ait.freeze_backbone(model)      # LoRA, workspaces and classifier learn
         ...
         model.save_pretrained("adapter")                                # LoRA
-        torch.save(ait.trainable_state_dict(model), "rest.pt")          # workspaces, memories, classifier
+        torch.save(ait.workspace_state_dict(model), "workspace.pt")     # workspaces and their memories
+        torch.save(vit.head.state_dict(), "head.pt")
         merged = model.merge_and_unload()                               # an ordinary model, LoRA inside its weights
-
-    To keep all in the adapter's file, name workspaces and classifier as ``modules_to_save``, as
-    :func:`ait.modules_to_save` lists them::
-
-        config = peft.LoraConfig(r=16, target_modules=..., modules_to_save=ait.modules_to_save(vit))
 
     Only parameters are frozen: dropout and running statistics of the backbone follow ``train()`` and ``eval()``.
 
