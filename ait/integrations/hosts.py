@@ -162,8 +162,8 @@ def _find_place(block: nn.Module) -> tuple[Place | None, str]:
     children = dict(block.named_children())
     for first, last in SPLIT:
         if first in children and last in children and _has_attention(block):
-            inner = ("dropout", "dense") if last == "output" else ()
-            inner = tuple(name for name in inner if isinstance(getattr(children[last], name, None), nn.Module))
+            names = ("dropout", "dense") if last == "output" else ()
+            inner = tuple(name for name in names if isinstance(getattr(children[last], name, None), nn.Module))
             output = f"{last}.{inner[0]}" if inner else last
             return _measure(block, first, output, (children[first], children[last]))
     for name in WHOLE:

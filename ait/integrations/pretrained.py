@@ -148,7 +148,7 @@ def _checkpoint_files(path: Any, kwargs: dict[str, Any]) -> Iterator[Path]:
             return
         weights = json.loads(Path(found).read_text())["weight_map"]
         for shard in sorted({shard for key, shard in weights.items() if NAME_IN_FILE.search(key)}):
-            yield Path(cached_file(path, shard, **where))
+            yield Path(str(cached_file(path, shard, **where)))
         return
 
 
