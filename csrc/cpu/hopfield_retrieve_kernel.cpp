@@ -18,8 +18,7 @@ void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratc
     multiply(s.weights, stride, rows, p.packed, patterns, p.width, s.moved, p.width_stride);
     for (int64_t t = 0; t < rows; ++t) {
       const C* moved = s.moved + t * p.width_stride;
-      s.stopped[t] =
-          root(squared_distance(moved, state.data + t * state.stride, p.width)) < a.tol;
+      s.stopped[t] = root(squared_distance(moved, state.data + t * state.stride, p.width)) < a.tol;
       moving -= s.stopped[t];
     }
   }

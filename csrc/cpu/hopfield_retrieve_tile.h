@@ -178,8 +178,9 @@ AIT_INLINE void multiply_block(const C* a, int64_t a_stride, int64_t first_row, 
   for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
   multiply_add(a, a_stride, 1, panel, vectors * V::size, depth, sums, first_row, next);
   if (columns >= vectors * V::size) {
-    for_each_sum(sums, [&](V& sum, int r, int v)
-                           __attribute__((always_inline)) { sum.store(out + r * out_stride + v * V::size); });
+    for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
+      sum.store(out + r * out_stride + v * V::size);
+    });
     return;
   }
   for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
@@ -201,10 +202,9 @@ AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, cons
                                 int64_t out_stride) {
   const auto panel = [=](int64_t column, auto vectors, auto upcoming) {
     for_each_block(rows, [=](int64_t row, auto block) {
-      multiply_block<block.value, vectors.value>(a + row * a_stride, a_stride, row,
-                                                 packed + column * depth, depth, written - column,
-                                                 upcoming, out + row * out_stride + column,
-                                                 out_stride);
+      multiply_block<block.value, vectors.value>(
+          a + row * a_stride, a_stride, row, packed + column * depth, depth, written - column,
+          upcoming, out + row * out_stride + column, out_stride);
     });
   };
   for (int64_t column = 0; column < columns; column += kPanel<C>) {
