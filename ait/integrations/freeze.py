@@ -39,6 +39,11 @@ def freeze_backbone(model: nn.Module, frozen: bool = True, *, head: bool | str |
         torch.save(vit.head.state_dict(), "head.pt")
         merged = model.merge_and_unload()                               # an ordinary model, LoRA inside its weights
 
+    Or let ``peft`` keep all of it in the adapter's own file, without this function; it then trains copies, whose names
+    :func:`ait.workspaces` tells, and ``merge_and_unload()`` puts them in place::
+
+        config = peft.LoraConfig(target_modules=[...], modules_to_save=["global_workspace", "head"])
+
     Only parameters are frozen: dropout and running statistics of the backbone follow ``train()`` and ``eval()``.
 
     Args:

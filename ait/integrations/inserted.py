@@ -137,6 +137,28 @@ class InsertedWorkspace(nn.Module):
         return f"mode={self.mode!r}" + (", channels_first=True" if self.channels_first else "")
 
 
+class BlockHooks:
+    """Hooks of a block's modules, for the workspace that is the block's child when they are called.
+
+    It may be another than was put in: peft trains a copy of what it is told to save, and puts it there.
+
+    Args:
+        block: the block of the host.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def hold_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the module that takes ``x``, where another one gives ``y``."""
+        getattr(self.block, CHILD_NAME).hold_input(module, args, kwargs)
+
+    def add_to_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """Forward hook of the module that gives ``y``."""
+        added: Tensor = getattr(self.block, CHILD_NAME).add_to_output(module, args, kwargs, output)
+        return added
+
+
 class InsertedLayer(nn.Module):
     """The published layer in the place of a host's MLP: :class:`ait.GlobalWorkspaceLayer` with the host's masks.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from ait.integrations.inserted import CHILD_NAME, InsertedLayer, InsertedWorkspace
+from ait.integrations.inserted import CHILD_NAME, BlockHooks, InsertedLayer, InsertedWorkspace
 from ait.integrations.planning import Plan, Planned, plan_insertion, second_half
 from ait.ops._checks import op_error
 
@@ -97,15 +97,19 @@ def remove_workspace(model: Model) -> Model:
         if isinstance(module, InsertedLayer) or module.insertion is None:
             got = f"{path!r}, which took the place of a part of the host"
             raise op_error(name, "workspaces in mode 'wrap' or 'parallel', put in by ait.insert_workspace", got)
-        owners.append((model.get_submodule(path.rpartition(".")[0]), module))
+        block = model.get_submodule(path.rpartition(".")[0])
+        if block._modules.get(CHILD_NAME) is not module:
+            got = f"{path!r} inside {type(block).__name__}"
+            raise op_error(name, "workspaces that peft has not wrapped (merge_and_unload() of its model unwraps)", got)
+        owners.append((block, module))
     if not owners:
         raise op_error(name, "a model with workspaces put in by ait.insert_workspace", type(model).__name__)
-    removed: set[int] = set()
-    for block, module in owners:
-        removed |= {id(module), id(module.mask.padding)}
+    blocks = {id(block) for block, _ in owners}
+    paddings = {id(module.mask.padding) for _, module in owners}
+    for block, _ in owners:
         delattr(block, CHILD_NAME)
     for module in model.modules():
-        _drop_hooks(module, removed)
+        _drop_hooks(module, blocks, paddings)
     if _has_config(model) and hasattr(model.config, CONFIG_ENTRY):
         delattr(model.config, CONFIG_ENTRY)
     return model
@@ -131,19 +135,21 @@ def _attach(planned: Planned) -> None:
         setattr(block.module, place.input_path, module)
         return
     block.module.add_module(CHILD_NAME, module)
-    place.output_module.register_forward_hook(module.add_to_output, with_kwargs=True)
+    hooks = BlockHooks(block.module)
+    place.output_module.register_forward_hook(hooks.add_to_output, with_kwargs=True)
     if module.mode == "parallel" and place.is_split:
-        place.input_module.register_forward_pre_hook(module.hold_input, with_kwargs=True)
+        place.input_module.register_forward_pre_hook(hooks.hold_input, with_kwargs=True)
 
 
-def _drop_hooks(module: nn.Module, owners: set[int]) -> None:
-    """Drops the hooks that are methods of one of ``owners``, given by id."""
+def _drop_hooks(module: nn.Module, blocks: set[int], paddings: set[int]) -> None:
+    """Drops the hooks for the workspaces of ``blocks`` and those of ``paddings``, both given by id."""
     for hooks, with_kwargs in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
         for key, hook in list(hooks.items()):
-            if id(getattr(hook, "__self__", None)) in owners:
+            owner = getattr(hook, "__self__", None)
+            if id(owner) in paddings or (isinstance(owner, BlockHooks) and id(owner.block) in blocks):
                 del hooks[key]
                 with_kwargs.pop(key, None)
 

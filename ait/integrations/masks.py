@@ -60,6 +60,12 @@ class TokenMask:
         self.prefix_tokens = prefix_tokens
         self.prefix_writes = prefix_writes
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMask:
+        # A workspace that is copied without its host (as peft does) stays in it and needs the host's own mask. Copied
+        # with it, the host comes first.
+        padding = memo.get(id(self.padding), self.padding)
+        return TokenMask(padding, self.prefix_tokens, prefix_writes=self.prefix_writes)
+
     def of(self, tokens: Tensor) -> Tensor | None:
         """Mask for ``tokens (B, *, E)``: ``(B, *)`` bool, True = does not write; None where all may.
 

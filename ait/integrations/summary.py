@@ -138,10 +138,21 @@ def find_workspaces(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, W
         if isinstance(module, (InsertedWorkspace, InsertedLayer, GlobalWorkspaceLayer, GlobalWorkspace)):
             yield name, module
             return
-        for child_name, child in module.named_children():
+        for child_name, child in _children_in_use(module):
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     return walk(model, prefix)
+
+
+def _children_in_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All children; where peft trains a copy in the place of a module (``modules_to_save``), the copy alone."""
+    copies, active = module._modules.get("modules_to_save"), getattr(module, "active_adapters", None)
+    if "original_module" in module._modules and isinstance(copies, nn.ModuleDict) and active:
+        for adapter in active:
+            if adapter in copies:
+                yield f"modules_to_save.{adapter}", copies[adapter]
+        return
+    yield from module.named_children()
 
 
 def insertion_of(module: nn.Module) -> Insertion | None:
