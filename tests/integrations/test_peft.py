@@ -47,9 +47,7 @@ def train(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> None:
 
 @pytest.mark.parametrize("mode", ["wrap", "parallel", "replace"])
 @pytest.mark.parametrize("name", HOSTS)
-def test_named_among_modules_to_save_workspaces_learn_are_saved_and_merged(
-    name: str, mode: Any, tmp_path: Path
-) -> None:
+def test_workspaces_among_modules_to_save_learn_are_saved_and_merged(name: str, mode: Any, tmp_path: Path) -> None:
     make, inputs, targets, head = HOSTS[name]
     torch.manual_seed(0)
     host = ait.insert_workspace(make(), mode=mode, **OPTIONS)

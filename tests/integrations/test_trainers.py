@@ -60,7 +60,7 @@ def test_transformers_trainer_accumulates_the_gradients_of_task_and_balance_loss
         for _, module in ait.workspaces(model):
             module.gate.fill_(0.5)
     plain = copy.deepcopy(model).train()
-    data = transformers_digits.dataset()[:8]
+    data = transformers_digits.dataset()[:12]
     monkeypatch.setattr(transformers_digits, "dataset", lambda: data)
     seen = []
 
@@ -68,8 +68,8 @@ def test_transformers_trainer_accumulates_the_gradients_of_task_and_balance_loss
         def on_pre_optimizer_step(self, *_, **kwargs):
             seen.append(gradients(model))
 
-    arguments = dict(per_device_train_batch_size=4, max_steps=1, max_grad_norm=0.0, disable_tqdm=True, use_cpu=True)
-    trainer = transformers_digits.make_trainer(model, str(tmp_path), **arguments)
+    arguments = dict(per_device_train_batch_size=4, num_train_epochs=1, max_grad_norm=0.0, learning_rate=0.0)
+    trainer = transformers_digits.make_trainer(model, str(tmp_path), disable_tqdm=True, use_cpu=True, **arguments)
     trainer.add_callback(Watch())
     batches = []
     compute_loss = trainer.compute_loss
@@ -80,8 +80,10 @@ def test_transformers_trainer_accumulates_the_gradients_of_task_and_balance_loss
 
     monkeypatch.setattr(trainer, "compute_loss", watched)
     trainer.train()
-    assert len(seen) == 1 and len(batches) == 2
-    assert_equal_gradients(seen[0], accumulated_by_hand(plain, batches, lambda net, images: net(images).logits))
+    assert len(seen) == 2 and len(batches) == 3
+    for window, ours in zip((batches[:2], batches[2:]), seen, strict=True):  # the last step accumulates what is left
+        plain.zero_grad()
+        assert_equal_gradients(ours, accumulated_by_hand(plain, window, lambda net, images: net(images).logits))
 
 
 def test_timms_pieces_train_a_model_of_its_registry(capsys):
@@ -89,3 +91,35 @@ def test_timms_pieces_train_a_model_of_its_registry(capsys):
     import timm_digits
 
     assert timm_digits.main(epochs=2, batch_size=64) < 0.9 * math.log(10)
+
+
+def test_timms_loss_scaler_and_shorter_last_window_get_their_share_of_the_balance_loss(monkeypatch):
+    pytest.importorskip("timm")
+    import timm_digits
+    from timm.utils import ModelEmaV3, NativeScaler
+
+    torch.manual_seed(0)
+    # A balance loss whose gradient is of the size of the other's.
+    model = timm_digits.make_model(write_dropout=0.0, top_k=8, balance_weight=1.0)
+    plain, without = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [(torch.rand(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(3)]
+    monkeypatch.setattr("timm.utils.cuda.dispatch_clip_grad", lambda *_, **__: None)
+    averaged = ModelEmaV3(model, decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(model)))
+    timm_digits.train_epoch(model, batches, optimizer, NativeScaler(device="cpu"), averaged)
+    by_hand = torch.optim.SGD(plain.parameters(), lr=0.1)
+    loss_fn = timm_digits.LabelSmoothingCrossEntropy(0.1)
+    for window, ours in zip((batches[:2], batches[2:]), seen, strict=True):
+        by_hand.zero_grad()
+        for images, labels in window:
+            ((loss_fn(plain(images), labels) + ait.balance_loss(plain)) / len(window)).backward()
+        assert_equal_gradients(ours, gradients(plain))
+        by_hand.step()
+    for images, labels in batches[:2]:
+        (loss_fn(without(images), labels) / 2).backward()
+    name = next(key for key in seen[0] if key.endswith("writer.key.weight"))
+    assert (seen[0][name] - gradients(without)[name]).norm() > 0.5 * seen[0][name].norm()
+    averaged.module.train()(batches[0][0])
+    assert ait.balance_loss(averaged.module) > 0, "the averaged model has no injection"
