@@ -1,4 +1,4 @@
-"""experiments/transfer.py: four arms on noise, what learns in each, going on, the choice of learning rates, the table."""
+"""experiments/transfer.py: four arms on noise, what learns in each, going on, learning rates, the table."""
 
 from __future__ import annotations
 
