@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ait.integrations.inserted import reset_parameters
 from ait.nn._validate import check_number
 from ait.nn.workspace import GlobalWorkspaceLayer
 from ait.ops._checks import check_positive_int, op_error
@@ -132,11 +133,11 @@ class WorkspaceMlp(GlobalWorkspaceLayer):
         timm's Vision Transformers call this after they have drawn every Linear in their own way, the workspace's
         small ones too, whose logits would then start a few times smaller than the published ones.
         """
-        _reset(self.workspace)
+        reset_parameters(self.workspace)
 
     def reset_parameters(self) -> None:
         """Draws all parameters and the memory anew."""
-        _reset(self)
+        reset_parameters(self)
 
     def _prefix_mask(self, x: Tensor) -> Tensor | None:
         """``(B, N)``, True for prefix tokens; None where all tokens write."""
@@ -243,10 +244,3 @@ def _pair(name: str, argument: str, value: Any) -> tuple[Any, Any]:
     if len(pair) != 2:
         raise op_error(name, f"{argument} as one value or a pair", repr(value))
     return pair
-
-
-def _reset(module: nn.Module) -> None:
-    for part in module.modules():
-        reset = getattr(part, "reset_parameters", None) or getattr(part, "reset", None)
-        if part is not module and callable(reset):
-            reset()

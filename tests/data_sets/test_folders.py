@@ -17,23 +17,14 @@ import pytest
 import torch
 
 from ait.data import ImageDataset, LabelledImages, LazyImageDataset, folders, image_folder, imagenet100, oxford_pet
+from tests.data_sets.noise import noise_pixels, save_noise, truncate
 
 image_module = pytest.importorskip("PIL.Image")
 datasets = pytest.importorskip("torchvision.datasets")
 transforms = pytest.importorskip("torchvision.transforms")
 
 SIZE = 16
-SIDES = [(20, 31), (31, 20), (16, 16), (9, 12), (40, 17)]  # width and height: wide, tall, exact, smaller, large
 CLASSES = ("cat", "dog", "frog")
-
-
-def _pixels(index: int, width: int, height: int, channels: int = 3) -> np.ndarray:
-    return np.random.RandomState(index).randint(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def _save(path: Path, index: int, size: tuple[int, int] | None = None, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_module.fromarray(_pixels(index, *(size or SIDES[index % len(SIDES)]))).save(path, **options)
 
 
 def _make_folder(root: Path, test: str = "val", counts: tuple[int, int] = (5, 2)) -> Path:
@@ -42,7 +33,7 @@ def _make_folder(root: Path, test: str = "val", counts: tuple[int, int] = (5, 2)
         for label in CLASSES:
             for number in range(count):
                 extension = (".jpg", ".JPEG", ".png")[number % 3]
-                _save(root / split / label / f"{number}{extension}", index)
+                save_noise(root / split / label / f"{number}{extension}", index)
                 index += 1
     return root
 
@@ -213,25 +204,25 @@ def test_lazy_images_survive_pickle_and_work_with_a_data_loader(folder: Path, wo
 
 
 def _grey(path: Path) -> np.ndarray:
-    pixels = _pixels(0, SIZE, SIZE, 1)
+    pixels = noise_pixels(0, SIZE, SIZE, 1)
     image_module.fromarray(pixels[:, :, 0]).save(path)
     return np.repeat(pixels, 3, axis=2)
 
 
 def _grey_alpha(path: Path) -> np.ndarray:
-    pixels = _pixels(0, SIZE, SIZE, 2)
+    pixels = noise_pixels(0, SIZE, SIZE, 2)
     image_module.fromarray(pixels).save(path)
     return np.repeat(pixels[:, :, :1], 3, axis=2)
 
 
 def _rgba(path: Path) -> np.ndarray:
-    pixels = _pixels(0, SIZE, SIZE, 4)
+    pixels = noise_pixels(0, SIZE, SIZE, 4)
     image_module.fromarray(pixels).save(path)
     return pixels[:, :, :3]
 
 
 def _palette(path: Path) -> np.ndarray:
-    colours, indices = _pixels(0, 7, 1)[0], _pixels(1, SIZE, SIZE, 1)[:, :, 0] % 7
+    colours, indices = noise_pixels(0, 7, 1)[0], noise_pixels(1, SIZE, SIZE, 1)[:, :, 0] % 7
     picture = image_module.fromarray(indices)
     picture.putpalette(colours.tobytes())
     picture.save(path)
@@ -239,7 +230,7 @@ def _palette(path: Path) -> np.ndarray:
 
 
 def _black_and_white(path: Path) -> np.ndarray:
-    pixels = _pixels(0, SIZE, SIZE, 1) // 128 * 255
+    pixels = noise_pixels(0, SIZE, SIZE, 1) // 128 * 255
     image_module.fromarray(pixels[:, :, 0]).convert("1").save(path)
     return np.repeat(pixels, 3, axis=2)
 
@@ -267,23 +258,18 @@ def test_more_than_8_bits_a_channel_are_refused_rather_than_cut_off(folder: Path
 def test_the_orientation_that_exif_records_is_ignored_as_torchvision_does(tmp_path: Path) -> None:
     exif = image_module.Exif()
     exif[0x0112] = 3  # upside down
-    _save(tmp_path / "turned.jpg", 0, (SIZE, SIZE), exif=exif)
-    _save(tmp_path / "plain.jpg", 0, (SIZE, SIZE))
+    save_noise(tmp_path / "turned.jpg", 0, (SIZE, SIZE), exif=exif)
+    save_noise(tmp_path / "plain.jpg", 0, (SIZE, SIZE))
     with image_module.open(tmp_path / "turned.jpg") as picture:
         assert picture.getexif()[0x0112] == 3
     turned, plain = (_one(tmp_path / stem, tmp_path / f"{stem}.jpg") for stem in ("turned", "plain"))
     assert torch.equal(turned, plain)
 
 
-def _truncate(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 9 // 10])
-
-
 @pytest.mark.parametrize("broken", ["train/dog/0.jpg", "val/frog/0.jpg", "train/cat/2.png"])
 def test_a_truncated_picture_is_named_at_load_in_memory_and_when_decoded_on_the_fly(folder: Path, broken: str) -> None:
     path = folder / broken
-    _truncate(path)
+    truncate(path)
     message = rf"image_folder \w+: {re.escape(str(path))}: expected a whole picture .*, got {path.stat().st_size} bytes"
     with pytest.raises(ValueError, match=message):
         _load(folder, lazy=False)
@@ -303,7 +289,7 @@ def test_a_truncated_picture_is_named_at_load_in_memory_and_when_decoded_on_the_
 
 def test_of_several_broken_pictures_the_first_is_named(folder: Path) -> None:
     for number in (0, 1, 3, 4):
-        _truncate(next((folder / "train" / "dog").glob(f"{number}.*")))
+        truncate(next((folder / "train" / "dog").glob(f"{number}.*")))
     for _ in range(3):
         with pytest.raises(ValueError, match=r"dog.0\.jpg: expected a whole picture"):
             _load(folder, lazy=False)
@@ -411,7 +397,7 @@ def test_lazy_images_refuse_labels_that_do_not_fit_and_no_threads(folder: Path) 
 def test_imagenet100_is_a_folder_of_100_classes(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for label in range(100):
-            _save(tmp_path / split / f"n{label:08d}" / "0.JPEG", label, (10, 12))
+            save_noise(tmp_path / split / f"n{label:08d}" / "0.JPEG", label, (10, 12))
     train, test = imagenet100(tmp_path, img_size=8)
     assert train.labels.tolist() == test.labels.tolist() == list(range(100))
     assert (train.name, test.name) == ("imagenet100 train", "imagenet100 test")
@@ -425,120 +411,6 @@ def test_imagenet100_is_a_folder_of_100_classes(tmp_path: Path) -> None:
 def test_missing_imagenet100_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"imagenet100: expected .* got no such folder\. To get it.*image-net"):
         imagenet100(tmp_path / "none", img_size=8)
-
-
-def _make_pets(root: Path) -> Path:
-    """37 breeds in torchvision's layout: two training images and a test image of each."""
-    folder = root / "oxford-iiit-pet"
-    lines: dict[str, list[str]] = {"trainval": [], "test": []}
-    for label in range(37):
-        for number in range(3):
-            image_id = f"{'Big_cat' if label % 2 else 'dog'}_{label:02d}_{number}"
-            _save(folder / "images" / f"{image_id}.jpg", 3 * label + number)
-            lines["test" if number == 2 else "trainval"].append(f"{image_id} {label + 1} {label % 2 + 1} 1\n")
-    (folder / "annotations").mkdir()
-    for split, each in lines.items():
-        (folder / "annotations" / f"{split}.txt").write_text("".join(each))
-    return root
-
-
-@pytest.fixture
-def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(folders, "PET_TRAIN_IMAGES", 74)
-    monkeypatch.setattr(folders, "PET_TEST_IMAGES", 37)
-    return _make_pets(tmp_path)
-
-
-@pytest.mark.parametrize("limit", [0, 2**30])
-def test_pets_are_read_from_torchvisions_folder(pets: Path, limit: int) -> None:
-    transform = transforms.Compose([transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.PILToTensor()])
-    pair = oxford_pet(pets, img_size=SIZE, max_bytes_in_memory=limit)
-    for data, split in zip(pair, ("trainval", "test"), strict=True):
-        expected = datasets.OxfordIIITPet(pets, split, transform=transform)
-        assert isinstance(data, ImageDataset if limit else LazyImageDataset)
-        assert len(data) == len(expected) and list(data.classes) == expected.classes and len(data.classes) == 37
-        for (image, label), (expected_image, expected_label) in zip(data, expected, strict=True):  # type: ignore[call-overload]
-            assert torch.equal(image, expected_image) and label == expected_label
-    assert [data.name for data in pair] == ["oxford_pet train", "oxford_pet test"]
-
-
-def test_pets_that_are_there_are_not_downloaded_again(pets: Path) -> None:
-    assert len(oxford_pet(pets, img_size=SIZE, download=True)[0]) == 74
-
-
-def test_the_counts_of_the_original_are_expected(tmp_path: Path) -> None:
-    assert (folders.PET_TRAIN_IMAGES, folders.PET_TEST_IMAGES, folders.PET_CLASSES) == (3680, 3669, 37)
-    with pytest.raises(
-        ValueError, match=r"trainval.txt: expected 3680 images of 37 classes, got 74 images, 37 class n"
-    ):
-        oxford_pet(_make_pets(tmp_path), img_size=SIZE)
-
-
-def _edit(path: Path, change: Callable[[list[str]], list[str]]) -> None:
-    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
-
-
-PET_DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "no folder": (
-        shutil.rmtree,
-        FileNotFoundError,
-        r"to hold .* got no 'images' and no 'annotations'\. To get it \(811",
-    ),
-    "no images": (lambda f: shutil.rmtree(f / "images"), FileNotFoundError, r"to hold .* got no 'images'\. To get it"),
-    "no list": (lambda f: (f / "annotations/test.txt").unlink(), FileNotFoundError, r"no .*test\.txt\. To get it"),
-    "no image": (lambda f: (f / "images/dog_04_2.jpg").unlink(), FileNotFoundError, r"test: no .*dog_04_2\.jpg"),
-    "truncated image": (
-        lambda f: _truncate(f / "images/dog_04_0.jpg"),
-        ValueError,
-        r"train: .*dog_04_0\.jpg: expected a whole picture",
-    ),
-    "image taken off the list": (
-        lambda f: _edit(f / "annotations/test.txt", lambda lines: lines[1:] + lines[1:2]),
-        ValueError,
-        r"test\.txt: expected 37 images of 37 classes, got 37 images, 36 class names and 36 labels; the file was alt",
-    ),
-    "shortened list": (
-        lambda f: _edit(f / "annotations/trainval.txt", lambda lines: lines[:-1]),
-        ValueError,
-        r"trainval\.txt: expected 74 images of 37 classes, got 73 images",
-    ),
-    "label of another class": (
-        lambda f: _edit(f / "annotations/trainval.txt", lambda lines: [lines[0].replace(" 1 ", " 2 ", 1), *lines[1:]]),
-        ValueError,
-        r"trainval\.txt: expected 74 images of 37 classes, got 74 images, 38 class names and 37 labels",
-    ),
-    "line without label": (
-        lambda f: _edit(f / "annotations/trainval.txt", lambda lines: ["dog_00_0", *lines[1:]]),
-        ValueError,
-        r"trainval\.txt: expected the original list, got: not enough values",
-    ),
-    "label that is no number": (
-        lambda f: _edit(f / "annotations/trainval.txt", lambda lines: ["dog_00_0 x 1 1", *lines[1:]]),
-        ValueError,
-        r"trainval\.txt: expected the original list, got: invalid literal",
-    ),
-    "image in both lists": (
-        lambda f: _edit(f / "annotations/test.txt", lambda lines: ["dog_00_0 1 1 1", *lines[1:]]),
-        ValueError,
-        r"every image in one of trainval\.txt and test\.txt, got '.*dog_00_0\.jpg' in both",
-    ),
-    "classes differ": (
-        lambda f: [
-            (f / "images/dog_04_2.jpg").rename(f / "images/wolf_2.jpg"),
-            _edit(f / "annotations/test.txt", lambda lines: [line.replace("dog_04_2", "wolf_2") for line in lines]),
-        ],
-        ValueError,
-        "same classes for training and test, got 'Dog 04' for training alone and 'Wolf' for test alone",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", PET_DAMAGES)
-def test_an_altered_folder_of_pets_is_refused(pets: Path, damage: str) -> None:
-    inflict, error, message = PET_DAMAGES[damage]
-    inflict(pets / "oxford-iiit-pet")
-    with pytest.raises(error, match=f"oxford_pet.*{message}"):
-        oxford_pet(pets, img_size=SIZE)
 
 
 @pytest.mark.parametrize("module", ["torchvision.datasets", "torchvision.transforms.functional", "PIL.Image"])

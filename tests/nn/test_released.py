@@ -83,30 +83,35 @@ def deviation(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
+def training_step(layer: ait.GlobalWorkspaceLayer, recording: Recording, step: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Runs a recorded step; returns what came and what was recorded, by name."""
+    layer.zero_grad()
+    x = recording[f"{step}.x"].clone().requires_grad_()
+    y = layer(x)
+    loss = ait.balance_loss(layer)
+    ((y * recording[f"{step}.grad_out"]).sum() + loss).backward()
+    assert x.grad is not None
+    compared = {
+        "output": (y, recording[f"{step}.y"]),
+        "balance loss": (loss, recording[f"{step}.aux"]),
+        "memory": (layer.workspace.memory.gamma, recording[f"{step}.memory_after"]),
+        "gradient of x": (x.grad, recording[f"{step}.grad_x"]),
+    }
+    for parameter_name, parameter in layer.named_parameters():
+        gradient = recording.gradient(step, parameter_name)
+        assert parameter.requires_grad == (gradient is not None), parameter_name
+        if gradient is not None:
+            assert parameter.grad is not None
+            compared[f"gradient of {parameter_name}"] = (parameter.grad, gradient)
+    return compared
+
+
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_layer_repeats_the_recorded_steps(name: str) -> None:
     recording = Recording(name)
     layer = recording.layer()
     for step in range(STEPS):
-        layer.zero_grad()
-        x = recording[f"{step}.x"].clone().requires_grad_()
-        y = layer(x)
-        loss = ait.balance_loss(layer)
-        ((y * recording[f"{step}.grad_out"]).sum() + loss).backward()
-        assert x.grad is not None
-        compared = {
-            "output": (y, recording[f"{step}.y"]),
-            "balance loss": (loss, recording[f"{step}.aux"]),
-            "memory": (layer.workspace.memory.gamma, recording[f"{step}.memory_after"]),
-            "gradient of x": (x.grad, recording[f"{step}.grad_x"]),
-        }
-        for parameter_name, parameter in layer.named_parameters():
-            gradient = recording.gradient(step, parameter_name)
-            assert parameter.requires_grad == (gradient is not None), parameter_name
-            if gradient is not None:
-                assert parameter.grad is not None
-                compared[f"gradient of {parameter_name}"] = (parameter.grad, gradient)
-        for what, (actual, expected) in compared.items():
+        for what, (actual, expected) in training_step(layer, recording, step).items():
             assert deviation(actual, expected) <= LAYER_TOLERANCE, f"step {step}: {what}"
 
 

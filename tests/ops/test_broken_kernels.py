@@ -19,7 +19,7 @@ SLIPS = {
         "bottleneck_select_list.h",
         "in_ties ? k - above_high : n",
         "in_ties ? k : n",
-        "ties or equal_logits",
+        "first_are_kept",
     ),
     "bottleneck_attend": (
         "bottleneck_attend_kernel.cpp",

@@ -1,0 +1,131 @@
+// The tile product of bottleneck_select, and reading ahead for it. Included by
+// bottleneck_select_kernel.cpp alone.
+#pragma once
+
+#include <common/simd.h>
+#include <cpu/bottleneck_select_kernel.h>
+
+namespace ait::cpu {
+namespace {
+
+// A panel is two vectors of rows (one where the last panel has no more rows), and a step multiplies
+// it with a few tokens: as many sums as fit the registers beside two of query and one of a token.
+constexpr int kPanelVectors = 2;
+#if defined(__AVX512F__)
+constexpr int kStepTokens = 14;
+#else
+constexpr int kStepTokens = 6;
+#endif
+
+// How far ahead tokens are asked for where nothing but reading them takes time.
+constexpr int64_t kBytesAhead = 1 << 15;
+
+AIT_INLINE int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// Hands out parts of a block of memory; without one it measures how much is needed.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return part;
+  }
+};
+
+// logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows.
+template <typename C, int kVectors>
+void multiply(const C* panel, const C* tile, int64_t tile_stride, int64_t width, C* logits) {
+  using V = Vec<C>;
+  V sums[kStepTokens][kVectors];
+#pragma GCC unroll 16
+  for (int t = 0; t < kStepTokens; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = V::zero();
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    V query[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) query[v] = V::load(panel + (i * kVectors + v) * V::size);
+#pragma GCC unroll 16
+    for (int t = 0; t < kStepTokens; ++t) {
+      const V token = V::broadcast(tile[t * tile_stride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[t][v] = fmadd(query[v], token, sums[t][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kStepTokens; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[t][v].store(logits + (t * kVectors + v) * V::size);
+  }
+}
+
+// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
+// multiply() with width 1.
+template <typename C, int kVectors>
+AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
+  using V = Vec<C>;
+  for (int t = 0; t < kStepTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V token = V::load(tile + t * tile_stride + v * V::size);
+      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
+      logit.store(logits + (t * kVectors + v) * V::size);
+    }
+  }
+}
+
+AIT_INLINE int64_t size_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
+// How many elements of a token a block of rows asks for, and where the first of them is.
+AIT_INLINE int64_t tile_width(const SelectProblem& problem, int64_t num_rows) {
+  return problem.elementwise ? num_rows : problem.width;
+}
+AIT_INLINE int64_t first_element(const SelectProblem& problem, const SelectTask& task) {
+  return task.group * problem.group_stride + (problem.elementwise ? task.first_row : 0);
+}
+
+// Asks for the tokens of the next tile, a few cache lines at a time while this one is multiplied.
+class Prefetcher {
+ public:
+  Prefetcher(const SelectProblem& problem, const SelectTask& task)
+      : size_(size_of(problem.token_storage)),
+        row_bytes_(tile_width(problem, task.num_rows) * size_),
+        row_stride_(problem.token_stride * size_),
+        group_(static_cast<const char*>(problem.tokens) + first_element(problem, task) * size_) {}
+
+  // The next `num_tokens` tokens, from `token` on, in `steps` steps.
+  void start(int64_t token, int64_t num_tokens, int64_t steps) {
+    row_ = group_ + token * row_stride_;
+    byte_ = 0;
+    rows_left_ = num_tokens;
+    lines_per_step_ = (num_tokens * ((row_bytes_ + 63) / 64) + steps - 1) / steps;
+  }
+
+  AIT_INLINE void step() {
+    for (int64_t i = 0; i < lines_per_step_ && rows_left_ > 0; ++i) {
+      __builtin_prefetch(row_ + byte_, 0, 2);
+      byte_ += 64;
+      if (byte_ >= row_bytes_) {
+        byte_ = 0;
+        row_ += row_stride_;
+        --rows_left_;
+      }
+    }
+  }
+
+ private:
+  const int64_t size_, row_bytes_, row_stride_;
+  const char* const group_;
+  const char* row_ = nullptr;
+  int64_t byte_ = 0, rows_left_ = 0, lines_per_step_ = 0;
+};
+
+}  // namespace
+}  // namespace ait::cpu
