@@ -53,7 +53,8 @@ class with_workspace:
 
         Args:
             path: folder or name on the hub.
-            *args, **kwargs: of the class's own ``from_pretrained``.
+            *args: of the class's own ``from_pretrained``.
+            **kwargs: the same.
 
         Returns:
             What the class's own returns; a model in evaluation mode.
