@@ -72,7 +72,7 @@ def test_what_was_pushed_is_what_is_loaded_at_each_revision_and_from_the_cache(h
         first = make(1).push_to_hub(REPO_ID, token=TOKEN, commit_message="first", model_card_kwargs={"license": "mit"})
         second = make(2).push_to_hub(REPO_ID, token=TOKEN, commit_message="second")
         make(3).push_to_hub(REPO_ID, token=TOKEN, branch="trial", commit_message="third")
-        first = first.rpartition("/")[2]
+        first = first.oid
         for revision, seed in {None: 2, "main": 2, first: 1, "trial": 3}.items():
             model = load(REPO_ID, revision=revision)
             assert type(model) is ait.AssociativeTransformer and not model.training
