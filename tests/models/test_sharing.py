@@ -405,17 +405,19 @@ def test_another_pickle_is_refused_with_the_reason(tmp_path: Path, content: str)
         AssociativeTransformer.from_pretrained(folder)
 
 
-def test_saving_replaces_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["writing", "renaming"])
+def test_saving_replaces_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     import safetensors.torch
 
     save(make(), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def fail(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half of it")
+    def fail(first: object, path: Path, metadata: object = None) -> None:
+        if failing == "writing":
+            path.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(*((safetensors.torch, "save_file") if failing == "writing" else (os, "replace")), fail)
     with pytest.raises(OSError, match="disk full"):
         make().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
