@@ -56,6 +56,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Mapping
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         whole = Path(folder) / path.name
         safetensors.torch.save_file(apart, whole, metadata=metadata)
+        # safetensors may make files that their owner alone can read; these get the mode of any new file.
+        ordinary = Path(folder) / "ordinary"
+        ordinary.touch()
+        whole.chmod(ordinary.stat().st_mode)
         os.replace(whole, path)
 
 

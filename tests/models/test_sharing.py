@@ -424,6 +424,11 @@ def test_saving_replaces_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
+def test_weights_can_be_read_by_whom_the_config_can_be_read(tmp_path: Path) -> None:
+    save(make(), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 # create_model
 
 
