@@ -369,7 +369,7 @@ def test_training_with_timm_s_optimizer_lowers_the_loss_and_writes_the_memory() 
     )
 
 
-def test_drop_path_keeps_or_drops_an_image_s_residual_and_rises_with_depth() -> None:
+def test_drop_path_rises_with_depth_and_acts_in_training_alone() -> None:
     model = make(drop_path_rate=0.4)
     assert [block.drop_path.drop_prob for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
     plain = make()
@@ -377,11 +377,18 @@ def test_drop_path_keeps_or_drops_an_image_s_residual_and_rises_with_depth() -> 
     x = images()
     assert torch.equal(model.eval()(x), plain.eval()(x))
 
-    block = Block(16, attn=None, mlp=nn.Linear(16, 16))
+
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_drop_path_drops_the_residual_of_some_images_and_scales_the_rest(branch: str) -> None:
+    block = Block(16, attn=nn.Linear(16, 16), mlp=nn.Linear(16, 16))
+    other = block.mlp if branch == "attn" else block.attn
+    assert other is not None
+    other.requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.zero_()
     dropping = DropPathBlock(block, 0.5)
     tokens = torch.randn(64, 6, 16)
-    residual = block(tokens) - tokens
-    out = dropping(tokens) - tokens
+    residual, out = block(tokens) - tokens, dropping(tokens) - tokens
     dropped = (out == 0).flatten(1).all(1)
     assert 16 < dropped.sum() < 48
     assert_close(out[~dropped], 2 * residual[~dropped])
