@@ -49,11 +49,13 @@ class TimmInterface(TransformerShell):
         self, *, global_pool: str = "flatten", drop_rate: float = 0.0, drop_path_rate: float = 0.0, **model: Any
     ) -> None:
         name = type(self).__name__
+        if model.get("question_dim") is not None:
+            cure = "question_dim=None; models that read a question come from ait.create_model"
+            raise op_error(name, cure, model["question_dim"])
         known = _options(type(self)) - {"question_dim"}
         for option in model:
-            if option not in known:
-                cure = "models that read a question come from ait.create_model" if option == "question_dim" else ""
-                raise TypeError(f"{name}: no option {option!r}; {cure or _suggest(option, sorted(known))}")
+            if option not in known | {"question_dim"}:
+                raise TypeError(f"{name}: no option {option!r}; {_suggest(option, sorted(known))}")
         drop_rate = check_number(name, "drop_rate", drop_rate, "[0, 1]")
         drop_path_rate = check_number(name, "drop_path_rate", drop_path_rate, "[0, 1)")
         super().__init__(**model)

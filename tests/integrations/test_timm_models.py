@@ -421,12 +421,24 @@ def test_a_saved_folder_is_loaded_by_name(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
+def test_saved_models_pass_between_timm_s_class_and_ait_s_own(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model, own = make(num_classes=5, drop_path_rate=0.2), ait.create_model("ait_tiny", **TINY)
+    model.save_pretrained(tmp_path / "timm")
+    own.save_pretrained(tmp_path / "own")
+    x = images()
+    again = TimmAssociativeTransformer.from_pretrained(tmp_path / "timm")
+    assert torch.equal(again(x), model.eval()(x)) and again.blocks[2].drop_path.drop_prob == 0.2
+    assert torch.equal(TimmAssociativeTransformer.from_pretrained(tmp_path / "own")(x), own.eval()(x))
+    assert torch.equal(ait.AssociativeTransformer.from_pretrained(tmp_path / "timm")(x), again(x))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         (dict(num_slot=3), TypeError, "no option 'num_slot'; did you mean 'num_slots'"),
         (dict(qkv_bias=True), TypeError, "no option 'qkv_bias'"),
-        (dict(question_dim=18), TypeError, "models that read a question come from ait.create_model"),
+        (dict(question_dim=18), ValueError, "models that read a question come from ait.create_model"),
         (dict(global_pool="avg"), ValueError, "reads every token at its place"),
         (dict(global_pool=""), ValueError, "num_classes=0 with global_pool=''"),
         (dict(img_size=30), ValueError, "img_size divisible by patch_size=4"),
