@@ -48,6 +48,11 @@ class Place(NamedTuple):
         return self.block.get_submodule(self.output_path)
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether weights come from elsewhere when they are needed (accelerate's hooks)."""
+        return any(hasattr(linear, "_hf_hook") and next(linear.parameters()).is_meta for linear in self.linears)
+
+    @property
     def is_split(self) -> bool:
         return self.input_path != self.output_path
 
@@ -102,17 +107,21 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     Blocks that work on the class token alone (class attention) are none, and neither are heads and pooling.
     """
-    blocks = []
+    blocks: list[Block] = []
     for name, module, ancestors in _walk(model):
+        around = [block for block in blocks if block.module in ancestors]
+        if any(block.place is None for block in around):
+            continue  # what a block without a place consists of
         if not _is_listed(name) or _is_pooling(module) or _attends_for_class_token(module):
             continue
         place, reason = _find_place(module)
-        block = Block(name, module, ancestors, place, reason)
-        if place is not None or reason:
-            blocks.append(block)
-        elif _has_attention(module) and _hints_at_feed_forward(module):
+        if place is None and not reason and not around and _has_attention(module) and _hints_at_feed_forward(module):
             reason = "its feed-forward is parallel to the attention, fused with it, or laid out in an unknown way"
-            blocks.append(block._replace(reason=reason))
+        if place is None and not reason:
+            continue
+        # A whole model with an MLP for its head may be a member of a list, too.
+        blocks = [block for block in blocks if block not in around]
+        blocks.append(Block(name, module, ancestors, place, reason))
     return blocks
 
 
@@ -147,10 +156,8 @@ def _attends_for_class_token(module: nn.Module) -> bool:
 
 
 def _has_attention(module: nn.Module) -> bool:
-    return any(
-        "att" in name.lower() and any(_widths(part) is not None for part in child.modules())
-        for name, child in module.named_children()
-    )
+    named = any("att" in name.lower() for name, _ in module.named_children())
+    return named and any(_widths(part) is not None for part in module.modules())
 
 
 def _hints_at_feed_forward(module: nn.Module) -> bool:
@@ -162,9 +169,8 @@ def _find_place(block: nn.Module) -> tuple[Place | None, str]:
     children = dict(block.named_children())
     for first, last in SPLIT:
         if first in children and last in children and _has_attention(block):
-            names = ("dropout", "dense") if last == "output" else ()
-            inner = tuple(name for name in names if isinstance(getattr(children[last], name, None), nn.Module))
-            output = f"{last}.{inner[0]}" if inner else last
+            inner = dict(children[last].named_children())
+            output = next((f"{last}.{name}" for name in ("dropout", "dense") if name in inner), last)
             return _measure(block, first, output, (children[first], children[last]))
     for name in WHOLE:
         if name in children and not isinstance(children[name], nn.Identity):

@@ -123,7 +123,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         owner.register_forward_pre_hook(padding.begin, with_kwargs=True)
         owner.register_forward_hook(padding.end)
     if _has_config(model):
-        setattr(model.config, CONFIG_ENTRY, plan.arguments)
+        setattr(model.config, CONFIG_ENTRY, dict(plan.arguments))
 
 
 def _attach(planned: Planned) -> None:

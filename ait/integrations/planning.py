@@ -174,6 +174,8 @@ def _check_blocks(caller: str, chosen: list[tuple[int, Block]], blocks: list[Blo
             raise op_error(caller, "blocks whose MLP is one module in mode 'replace'; use 'wrap'", where)
         if hasattr(block.module, CHILD_NAME) or any(isinstance(m, GlobalWorkspace) for m in block.module.modules()):
             raise op_error(caller, "blocks without a workspace", where)
+        if place.is_offloaded:
+            raise op_error(caller, "MLPs that are in memory; load the host without offloading", where)
         dtype = _placement(place)["dtype"]
         if dtype not in TOKEN_DTYPES:
             raise op_error(caller, "MLPs of dtype float32, float64, bfloat16 or float16", f"{where}: {dtype}")

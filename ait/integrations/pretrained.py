@@ -25,7 +25,7 @@ LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-class with_workspace:
+def with_workspace(model_class: Any) -> Loader:
     """Gives a transformers class a ``from_pretrained`` that rebuilds the workspaces, too.
 
     ``save_pretrained`` of a model with workspaces writes their weights beside the host's, and the arguments of
@@ -42,10 +42,15 @@ class with_workspace:
     Raises:
         ValueError: it has none.
     """
+    if not callable(getattr(model_class, "from_pretrained", None)):
+        raise op_error("with_workspace", "a class with from_pretrained, such as ViTModel", repr(model_class))
+    return Loader(model_class)
+
+
+class Loader:
+    """Loads models of a class with their workspaces; see :func:`ait.with_workspace`."""
 
     def __init__(self, model_class: Any) -> None:
-        if not callable(getattr(model_class, "from_pretrained", None)):
-            raise op_error("with_workspace", "a class with from_pretrained, such as ViTModel", repr(model_class))
         self.model_class = model_class
 
     def from_pretrained(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,13 +65,19 @@ class with_workspace:
             What the class's own returns; a model in evaluation mode.
 
         Raises:
-            ValueError: the files hold no workspaces, or others than the config says.
+            ValueError: the files hold no workspaces, or others than the config says, or some that it is silent about.
         """
         loaded = self._load_host(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, owner, arguments in _recorded(model):
-            given = kwargs.get("state_dict")
-            state = _named(given) if given is not None else _read_workspaces(path, kwargs)
+        given = kwargs.get("state_dict")
+        state = _read_workspaces(path, kwargs) if given is None else _named(given)
+        recorded = _recorded(model)
+        if state and not recorded:
+            # Where a part of a model keeps a copy of its config, an insertion into the part is not noted in the whole.
+            cure = "a part's own is not saved: insert through the whole model, with layers=[...]"
+            got = f"{len(state)} entries of workspaces that it is silent about: {path}"
+            raise op_error("with_workspace", f"a config with {CONFIG_ENTRY!r} ({cure})", got)
+        for name, owner, arguments in recorded:
             inside = {key: value for key, value in state.items() if _belongs(key, name)}
             if not inside:
                 got = f"a config with {CONFIG_ENTRY!r} and weights without"
