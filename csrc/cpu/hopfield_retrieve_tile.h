@@ -104,7 +104,7 @@ struct Upcoming {
   int64_t row_bytes;
 
   AIT_INLINE void fetch(int64_t row, int64_t line) const {
-    __builtin_prefetch(rows + row * row_bytes + line * 64, 0, 2);
+    __builtin_prefetch(rows + row * row_bytes + line * 64, 0, 3);
   }
 };
 
@@ -195,7 +195,7 @@ AIT_INLINE void multiply_block(const C* a, int64_t a_stride, int64_t first_row, 
 }
 
 // out (rows, columns) = a (rows, depth) times a packed matrix, rounded to storage type S. Columns
-// from `written` on are left alone; those between `columns` and `written` become 0.
+// from `written` on are left alone; before it, what fills up the last panel becomes 0.
 template <typename C, typename S, typename Next>
 AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
                                 int64_t depth, int64_t columns, int64_t written, Next next, S* out,
