@@ -151,6 +151,8 @@ def test_under_autocast_logits_stay_the_same() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(x)
         assert torch.equal(ait.insert_workspace(model, **FEW)(x), expected)
+        y = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+        assert gated(model)[0](y).dtype == torch.bfloat16
         (model.train()(x).float().sum() + ait.balance_loss(model)).backward()
 
 

@@ -70,7 +70,9 @@ def test_mask_is_taken_by_position_and_through_the_models_within() -> None:
     model.bert(**inputs)
     assert all(mask is not None and torch.equal(mask, expected) for mask in masks)
     model(inputs["input_ids"])
-    assert masks[3] is None, "no mask outlives its forward pass"
+    assert masks[3] is None
+    model(**inputs)
+    assert gated(model)[0].mask.padding.current is None, "no mask outlives its forward pass"
 
 
 def test_longer_mask_ends_with_the_tokens_of_now() -> None:
