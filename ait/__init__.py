@@ -24,12 +24,16 @@ from ait.models import (
 )
 from ait.nn.control import balance_loss, balance_losses, freeze_memory, reset_memory
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
+from ait.recording import MemoryHistory, Trace, WorkspaceLogger, record
 
 __all__ = [
     "AssociativeTransformer",
     "GlobalWorkspace",
     "GlobalWorkspaceLayer",
+    "MemoryHistory",
+    "Trace",
     "VisionTransformer",
+    "WorkspaceLogger",
     "__version__",
     "balance_loss",
     "balance_losses",
@@ -44,6 +48,7 @@ __all__ = [
     "load_workspace",
     "ops",
     "pretrained_config",
+    "record",
     "remove_workspace",
     "reset_memory",
     "show_config",

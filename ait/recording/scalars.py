@@ -1,0 +1,46 @@
+"""A pass as a few numbers, for logs."""
+
+from __future__ import annotations
+
+import torch
+
+from ait.recording.trace import LayerRecord, Pass
+
+
+def scalars(recorded: Pass | LayerRecord) -> dict[str, float]:
+    """The quantities of a recording that make one number a layer.
+
+    - ``slot_perplexity``, ``dead_slots``: how many slots the tokens are rebuilt from in effect, and how many slots
+      hardly any token is rebuilt from.
+    - ``moved``: mean L2 distance by which slots moved.
+    - ``energy_before``, ``energy_after``: mean Hopfield energy of the tokens, before and after retrieval.
+    - ``balance_loss``, its weight inside.
+    - Of the write: ``row_perplexity``, how many tokens a (head, slot) row takes in effect, and ``coverage``, the share
+      of tokens that any row takes.
+
+    Padding is left out of all but ``moved``.
+
+    Args:
+        recorded: a pass, or one layer of it.
+
+    Returns:
+        Name to number; for a pass, names are ``"<layer>/<quantity>"``. A quantity that the layer does not have is
+        left out.
+    """
+    if isinstance(recorded, Pass):
+        return {f"{layer.name}/{name}": value for layer in recorded for name, value in scalars(layer).items()}
+    layer = recorded
+    heard = slice(None) if layer.mask is None else ~layer.mask
+    values = {
+        "slot_perplexity": layer.slot_perplexity,
+        "dead_slots": torch.tensor(float(layer.dead_slots().numel())),
+        "moved": layer.moved.mean(),
+    }
+    if layer.energy_before is not None and layer.energy_after is not None:
+        values |= {"energy_before": layer.energy_before[heard].mean(), "energy_after": layer.energy_after[heard].mean()}
+    if layer.balance_loss is not None:
+        values["balance_loss"] = layer.balance_loss
+    if layer.write is not None:
+        values["row_perplexity"] = layer.write.row_perplexity.mean()
+        values["coverage"] = (layer.write.load.amax(0) > 0)[heard].float().mean()
+    return {name: float(value) for name, value in values.items()}
