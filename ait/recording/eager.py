@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
+
+INSIDE_COMPILED = (
+    "record: expected a call outside of functions that torch.compile compiles, got one inside; put "
+    "`with ait.record(model)` around the call of the compiled function"
+)
 
 
 class EagerStance:
@@ -19,21 +23,23 @@ class EagerStance:
     def __init__(self) -> None:
         self._count = 0
         self._stance: Any = None
-        self._lock = threading.Lock()
 
     def enter(self) -> None:
-        with self._lock:
-            if self._count == 0:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(INSIDE_COMPILED)
+        if self._count == 0:
+            try:
                 self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
-            self._count += 1
+            except RuntimeError as error:
+                raise RuntimeError(INSIDE_COMPILED) from error
+            self._stance.__enter__()
+        self._count += 1
 
     def leave(self) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                self._stance.__exit__(None, None, None)
-                self._stance = None
+        self._count -= 1
+        if self._count == 0:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
 
 EAGER = EagerStance()

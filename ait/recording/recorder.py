@@ -14,14 +14,13 @@ from ait.nn._validate import check_choice
 from ait.ops._checks import check_positive_int, op_error
 from ait.recording.attention import SelfAttentionCapture
 from ait.recording.capture import Capture, Options, in_backward, observing
-from ait.recording.eager import EAGER
+from ait.recording.eager import EAGER, INSIDE_COMPILED
 from ait.recording.layout import choose_workspaces, find_workspaces, unwrap
 from ait.recording.trace import AttentionRecord, LayerRecord, Pass, Trace
 
 WRITES = ("always", "as_run")
 
 
-@contextlib.contextmanager
 def record(
     model: nn.Module,
     *,
@@ -34,7 +33,7 @@ def record(
     max_passes: int | None = None,
     device: torch.device | str | None = None,
     detach: bool = True,
-) -> Iterator[Trace]:
+) -> contextlib.AbstractContextManager[Trace]:
     """Records every forward pass of ``model`` inside the block.
 
     ::
@@ -68,13 +67,15 @@ def record(
         detach: False keeps records in the graph of autograd, to learn from them. Under activation checkpointing that
             is an error of PyTorch's, since the recomputation is not recorded.
 
-    Yields:
-        The :class:`~ait.recording.Trace`, which fills as the model runs.
+    Returns:
+        A context manager that gives the :class:`~ait.recording.Trace`, which fills as the model runs.
 
     Raises:
         ValueError: ``model`` has no workspace, a layer does not exist, or an option is not as above.
         RuntimeError: called inside a function that is being compiled.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(INSIDE_COMPILED)
     recorder = Recorder(
         model,
         layers=layers,
@@ -87,6 +88,11 @@ def record(
         device=device,
         detach=detach,
     )
+    return _while_recording(recorder)
+
+
+@contextlib.contextmanager
+def _while_recording(recorder: Recorder) -> Iterator[Trace]:
     recorder.start()
     try:
         yield recorder.trace
@@ -152,11 +158,6 @@ class Recorder:
         Raises:
             RuntimeError: it is recording already, or this is inside a function that is being compiled.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "record: expected to be called outside compiled functions, got a call inside one; put "
-                "`with ait.record(model)` around the call of the compiled function"
-            )
         if self._handles:
             raise RuntimeError("record: expected a recorder that is not recording, got one that is; stop() it first")
         self._depth = self._inside = 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import ait
 from tests.recording.models import all_states, hook_count, small_model, some_images
@@ -101,6 +101,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def count_operators(model: nn.Module) -> Counter[str]:
+    model.zero_grad()
     with CountOperators() as mode:
         model(some_images()).sum().backward()
     return mode.counts
@@ -187,22 +188,5 @@ def test_under_checkpointing_each_pass_is_recorded_once_and_gradients_are_bit_id
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | all_states(model))
     assert [list(each.layers) for each in trace] == [["blocks.0.mlp.workspace", "blocks.1.mlp.workspace"]]
     assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert torch.equal(grads[1][name], grad), name
-
-
-def test_selective_checkpointing_does_not_take_what_a_recording_computes_for_results_of_the_model() -> None:
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        saved = op in (torch.ops.aten.mm.default, torch.ops.aten._softmax.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    grads = []
-    for recording in (False, True):
-        model = small_model().train()
-        torch.manual_seed(3)
-        with ait.record(model) if recording else contextlib.nullcontext():
-            context_fn = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
-            checkpointed(model, some_images(), False, context_fn=context_fn).square().mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         assert torch.equal(grads[1][name], grad), name
