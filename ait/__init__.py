@@ -1,5 +1,10 @@
 """ait: the Associative Transformer's global workspace layer for PyTorch."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from ait import ops
 from ait._config import show_config
 from ait._version import __version__
@@ -56,3 +61,10 @@ __all__ = [
     "workspace_state_dict",
     "workspaces",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``ait.viz``, which needs matplotlib and is imported at its first use."""
+    if name == "viz":
+        return importlib.import_module("ait.viz")
+    raise AttributeError(f"module 'ait' has no attribute {name!r}")

@@ -1,0 +1,128 @@
+"""Attention rollout over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ait.ops._checks import op_error
+from ait.recording.rollout import Rollout, attention_rollout, choose_images
+from ait.recording.trace import Trace
+from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
+from ait.viz.style import OKABE_ITO, Theme, bare, check_width, new_figure, style
+
+NAME = "plot_rollout"
+
+
+def plot_rollout(
+    trace: Trace,
+    images: Tensor,
+    *,
+    index: int = -1,
+    image: Sequence[int] | int = (0, 1, 2),
+    token: int | None = None,
+    batch_share: float | None = None,
+    grid: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    theme: Theme = "light",
+    width: float = 7.0,
+) -> Figure:
+    """Where tokens came from: rollout through self-attention alone, and through attention and workspace together.
+
+    The bar says how much of the second is due to this image, to other images of the batch, and to the memory.
+
+    Args:
+        trace: recorded with ``attention=True``.
+        images: ``(B, C, H, W)``, those of the recorded pass.
+        index: which pass of the trace.
+        image: which images of the batch; those beyond its size are left out of the default.
+        token: whose sources; the class token (the first token) where there are tokens before the patches, else the
+            mean over all tokens, as the head of ait's models reads them all.
+        batch_share: see :func:`ait.viz.attention_rollout`.
+        grid: rows and columns of patches, where the recording does not know them.
+        mean: of the channels, to undo a normalisation.
+        std: the same for the standard deviation.
+        theme: ``"light"``, ``"dark"`` or ``"transparent"``.
+        width: of the figure in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: as :func:`ait.viz.attention_rollout`, or the images are not those of the record, or another
+            argument is not as above.
+    """
+    record = trace.layer(0, index)
+    places = find_grid(NAME, record, images, grid)
+    if image == (0, 1, 2):
+        image = range(min(3, record.batch))
+    chosen = choose_images(NAME, image, record.batch)
+    tokens = record.tokens_per_image
+    if token is not None and (not isinstance(token, int) or not -tokens <= token < tokens):
+        raise op_error(NAME, f"token from 0 to {tokens - 1}, or None", repr(token))
+    if token is None and places.prefix:
+        token = 0
+    width = check_width(NAME, width)
+    plain = attention_rollout(trace, index=index, images=chosen, workspace_weight=0)
+    together = attention_rollout(trace, index=index, images=chosen, batch_share=batch_share)
+
+    with style(theme):
+        cell = (width - 0.9) / 3.4
+        aspect = images.shape[2] / images.shape[3]
+        figure = new_figure(width, len(chosen) * (cell * aspect + 0.1) + 0.75)
+        axes = figure.subplots(len(chosen), 4, width_ratios=[1, 1, 1, 0.4], squeeze=False)
+        maps = [_sources(each, token) for each in (plain, together)]
+        for row, number in enumerate(chosen):
+            pixels = to_pixels(images[number], mean, std)
+            show_image(axes[row, 0], pixels)
+            for column, values in enumerate(maps, 1):
+                show_faded(axes[row, column], pixels)
+                seen = values[row] / values[row][places.prefix :].mean().clamp_min(1e-12)
+                shown = axes[row, column].imshow(
+                    places.place(seen),
+                    cmap="viridis",
+                    vmin=0,
+                    vmax=_largest(maps, places.prefix),
+                    extent=extent(pixels),
+                    interpolation="nearest",
+                    alpha=0.8,
+                )
+            _draw_shares(axes[row, 3], together, row, token)
+        for ax, title in zip(axes[0], ("image", "attention", "with workspace", "from"), strict=True):
+            ax.set_title(title)
+        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.4 / len(chosen) + 0.2), pad=0.01, aspect=18)
+        bar.outline.set_visible(False)
+        bar.set_label("share (1 = mean patch)")
+        whose = "all tokens" if token is None else f"token {token}"
+        figure.suptitle(f"rollout: sources of {whose}", fontsize=9)
+    return figure
+
+
+def _sources(rollout: Rollout, token: int | None) -> Tensor:
+    """``(n, N)``."""
+    return rollout.weights.mean(1) if token is None else rollout.weights[:, token]
+
+
+def _largest(maps: list[Tensor], prefix: int) -> float:
+    relative = [each[:, prefix:] / each[:, prefix:].mean(1, keepdim=True).clamp_min(1e-12) for each in maps]
+    return float(torch.cat(relative).max())
+
+
+def _draw_shares(axes: Axes, rollout: Rollout, row: int, token: int | None) -> None:
+    shares = [rollout.weights[row].sum(1), rollout.others[row], rollout.memory[row]]
+    bottom = 0.0
+    for values, name, colour in zip(shares, ("image", "others", "memory"), (0, 1, 2), strict=True):
+        share = float(values.mean() if token is None else values[token])
+        axes.bar(0, share, bottom=bottom, color=OKABE_ITO[colour], width=0.9)
+        if share > 0.08:
+            label = f"{name}\n{100 * share:.0f} %"
+            written = "#000000" if name == "others" else "#ffffff"  # on orange, and on blue and green
+            axes.text(0, bottom + share / 2, label, ha="center", va="center", fontsize=6, color=written)
+        bottom += share
+    axes.set_ylim(0, 1)
+    bare(axes)

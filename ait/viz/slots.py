@@ -1,0 +1,125 @@
+"""Which patches each slot takes, over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ait.ops._checks import check_positive_int, op_error
+from ait.recording.rollout import choose_images
+from ait.recording.trace import LayerRecord, Trace
+from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
+from ait.viz.style import Theme, check_width, colormap, new_figure, short_name, style
+
+NAME = "plot_slots"
+
+
+def plot_slots(
+    trace: Trace,
+    images: Tensor,
+    *,
+    layer: str | int = -1,
+    index: int = -1,
+    image: Sequence[int] | int = (0, 1, 2),
+    slots: Sequence[int] | int = 6,
+    head: int | None = None,
+    grid: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    theme: Theme = "light",
+    width: float = 7.0,
+) -> Figure:
+    """The patches that slots take in the write, one row an image, one column a slot.
+
+    Colour is the gate, the share of a slot's attention that a patch gets, as a mean over heads (or of one head). The
+    bottleneck lets a slot take few tokens of the whole batch; in most images it takes none.
+
+    Args:
+        trace: a recording in which the layer's write was computed.
+        images: ``(B, C, H, W)``, those of the recorded pass.
+        layer: index or name.
+        index: which pass of the trace.
+        image: which images of the batch; those beyond its size are left out of the default.
+        slots: which slots, or how many: those that attend most to the images shown.
+        head: which head of the write; the mean of all by default.
+        grid: rows and columns of patches, where the recording does not know them.
+        mean: of the channels, to undo a normalisation.
+        std: the same for the standard deviation.
+        theme: ``"light"``, ``"dark"`` or ``"transparent"``.
+        width: of the figure in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the trace is empty or has no such layer or write, the images are not those of the record, or
+            another argument is not as above.
+    """
+    record = trace.layer(layer, index)
+    write = record.require_write(NAME)
+    places = find_grid(NAME, record, images, grid)
+    if image == (0, 1, 2):
+        image = range(min(3, record.batch))
+    chosen = choose_images(NAME, image, record.batch)
+    gates_SMT = write.dense_gates()
+    heads = gates_SMT.shape[0]
+    if head is not None and (not isinstance(head, int) or not -heads <= head < heads):
+        raise op_error(NAME, f"head from 0 to {heads - 1}, or None for their mean", repr(head))
+    gates_MT = gates_SMT.mean(0) if head is None else gates_SMT[head]
+    gates_MBN = record.by_image(gates_MT).detach().cpu().float()
+    columns = _choose_slots(slots, gates_MBN[:, chosen], record)
+    width = check_width(NAME, width)
+
+    with style(theme):
+        cell = width / (len(columns) + 1.6)
+        aspect = images.shape[2] / images.shape[3]
+        figure = new_figure(width, len(chosen) * (cell * aspect + 0.18) + 0.45)
+        axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
+        largest = max(float(gates_MBN[columns][:, chosen].max()), 1e-6)
+        for row, number in enumerate(chosen):
+            pixels = to_pixels(images[number], mean, std)
+            show_image(axes[row, 0], pixels)
+            axes[row, 0].set_title(f"image {number}", fontsize=7)
+            for column, slot in enumerate(columns, 1):
+                ax = axes[row, column]
+                show_faded(ax, pixels)
+                values = gates_MBN[slot, number]
+                taken = places.place(values)
+                shown = ax.imshow(
+                    torch.from_numpy(taken).masked_fill(torch.from_numpy(taken) == 0, torch.nan).numpy(),
+                    cmap=colormap("viridis"),
+                    vmin=0,
+                    vmax=largest,
+                    extent=extent(pixels),
+                    interpolation="nearest",
+                    alpha=0.85,
+                )
+                ax.set_title(_title(slot, values, places.prefix, first=row == 0), fontsize=7)
+        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.6 / len(chosen) + 0.2), pad=0.01, aspect=18)
+        bar.outline.set_visible(False)
+        bar.set_label("gate" + ("" if head is None else f" of head {head}"))
+        figure.suptitle(f"{short_name(record.name)}: patches that slots take", fontsize=9)
+    return figure
+
+
+def _choose_slots(slots: Sequence[int] | int, gates_MBN: Tensor, record: LayerRecord) -> list[int]:
+    if isinstance(slots, int):
+        count = min(check_positive_int(NAME, "slots", slots), record.num_slots)
+        return gates_MBN.sum((1, 2)).topk(count).indices.sort().values.tolist()
+    chosen = list(slots)
+    for slot in chosen:
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < record.num_slots:
+            raise op_error(NAME, f"slots from 0 to {record.num_slots - 1}", repr(slot))
+    if not chosen:
+        raise op_error(NAME, "at least one slot", "none")
+    return chosen
+
+
+def _title(slot: int, values: Tensor, prefix: int, first: bool) -> str:
+    """``slot 3: 5`` patches; and a plus for the tokens before them."""
+    count = int((values[prefix:] > 0).sum())
+    text = f"{count}" + ("+" if bool((values[:prefix] > 0).any()) else "")
+    return f"slot {slot}: {text}" if first else text

@@ -1,0 +1,121 @@
+"""Colours and sizes that read in a paper and in a dark notebook, for every kind of colour vision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+from ait.nn._validate import check_choice, check_number
+
+Theme = Literal["light", "dark", "transparent"]
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), without black, in an order in which neighbours differ in
+# lightness, too.
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
+
+# Ink, what recedes, and ground. The ink of "transparent" has a contrast of 4 to 1 both on white and on a dark page.
+COLOURS: dict[str, tuple[str, str, str]] = {
+    "light": ("#1a1a1a", "#b8b8b8", "#ffffff"),
+    "dark": ("#e6e6e6", "#5c5c5c", "#121212"),
+    "transparent": ("#7f7f7f", "#9a9a9a", "none"),
+}
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows, once, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=144)
+        return content.getvalue()
+
+
+@contextlib.contextmanager
+def style(theme: Theme = "light") -> Iterator[None]:
+    """Makes matplotlib figures created inside look like those of this package.
+
+    Args:
+        theme: ``"light"``, ``"dark"``, or ``"transparent"``.
+
+    Raises:
+        ValueError: another theme.
+    """
+    ink, faint, ground = COLOURS[check_choice("style", "theme", theme, tuple(COLOURS))]
+    settings: dict[str, Any] = {
+        "figure.facecolor": ground,
+        "savefig.facecolor": "auto",
+        "axes.facecolor": "none",
+        "axes.edgecolor": faint,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.titlesize": "medium",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=OKABE_ITO),
+        "text.color": ink,
+        "xtick.color": faint,
+        "ytick.color": faint,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "grid.color": faint,
+        "grid.linewidth": 0.5,
+        "grid.alpha": 0.5,
+        "font.size": 8,
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+        "image.cmap": "cividis",
+        "pdf.fonttype": 42,
+        "svg.hashsalt": "ait",
+    }
+    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches; its colours are those of the :func:`style` around."""
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_width(name: str, width: float) -> float:
+    return check_number(name, "width", width, "[1.5, inf)")
+
+
+def ink() -> Any:
+    return matplotlib.rcParams["text.color"]
+
+
+def faint() -> Any:
+    return matplotlib.rcParams["grid.color"]
+
+
+def colormap(name: str, empty: str | None = None) -> Colormap:
+    """A colour map, with ``empty`` for what is masked (nothing is drawn there by default)."""
+    chosen = matplotlib.colormaps[name].copy()
+    chosen.set_bad(empty or "none")
+    return chosen
+
+
+def bare(axes: Axes) -> None:
+    """Takes ticks and frame off, for images."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def short_name(layer: str) -> str:
+    """The part of a layer's name that tells it from others."""
+    for tail in (".workspace", ".mlp", ".global_workspace"):
+        layer = layer.removesuffix(tail)
+    return layer
