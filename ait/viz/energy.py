@@ -64,9 +64,9 @@ def plot_energy(
         longest = max(path.shape[0] for _, path in paths)
         axes.set_xticks(range(0, longest, max(1, longest // 8)))
         axes.set_xlabel("retrieval step")
-        axes.set_ylabel("energy (median, middle 90 % of tokens)")
+        axes.set_ylabel("energy")
         axes.grid(axis="y")
-        axes.legend(ncols=1 + (len(paths) > 8), fontsize=7)
+        axes.legend(ncols=1 + (len(paths) > 8), fontsize=7, title="median, middle 90 %", title_fontsize=7)
     return figure
 
 

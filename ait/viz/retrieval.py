@@ -14,7 +14,7 @@ from torch import Tensor
 from ait.recording.rollout import choose_images
 from ait.recording.trace import Trace
 from ait.viz.images import Grid, extent, find_grid, show_image, to_pixels
-from ait.viz.style import OKABE_ITO, Theme, check_width, new_figure, short_name, style
+from ait.viz.style import OKABE_ITO, Theme, add_bar, check_width, new_figure, short_name, style
 
 NAME = "plot_retrieval"
 REST = "#8c8c8c"
@@ -26,7 +26,7 @@ def plot_retrieval(
     *,
     layer: str | int = -1,
     index: int = -1,
-    image: Sequence[int] | int = (0, 1, 2),
+    image: Sequence[int] | int | None = None,
     grid: tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -35,14 +35,15 @@ def plot_retrieval(
 ) -> Figure:
     """The slot that each token fell to (the largest of its retrieval weights), and how large that weight is.
 
-    The slots that most tokens of the images fell to have colours of their own, and all have their numbers.
+    The slots that most tokens of the images fell to have colours of their own; the numbers of all stand in the patches
+    where there is room.
 
     Args:
         trace: a recording.
         images: ``(B, C, H, W)``, those of the recorded pass.
         layer: index or name.
         index: which pass of the trace.
-        image: which images of the batch; those beyond its size are left out of the default.
+        image: which images of the batch; the first three by default.
         grid: rows and columns of patches, where the recording does not know them.
         mean: of the channels, to undo a normalisation.
         std: the same for the standard deviation.
@@ -58,9 +59,7 @@ def plot_retrieval(
     """
     record = trace.layer(layer, index)
     places = find_grid(NAME, record, images, grid)
-    if image == (0, 1, 2):
-        image = range(min(3, record.batch))
-    chosen = choose_images(NAME, image, record.batch)
+    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
     width = check_width(NAME, width)
     slots = record.by_image(record.pattern).cpu()[chosen]
     weights = record.by_image(record.retrieval.amax(-1)).detach().cpu().float()[chosen]
@@ -90,8 +89,7 @@ def plot_retrieval(
             )
         for ax, title in zip(axes[0], ("image", "slot", "weight of that slot"), strict=True):
             ax.set_title(title)
-        bar = figure.colorbar(shown, ax=axes[:, 2], shrink=min(1.0, 1.4 / len(chosen) + 0.2), pad=0.02, aspect=18)
-        bar.outline.set_visible(False)
+        add_bar(figure, shown, axes[:, 2])
         total = counts.sum()
         handles = [Patch(color=colours[slot], label=f"{slot}: {100 * counts[slot] / total:.0f} %") for slot in order]
         rest = total - sum(counts[slot] for slot in order)

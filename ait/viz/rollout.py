@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from ait.ops._checks import op_error
 from ait.recording.rollout import Rollout, attention_rollout, choose_images
 from ait.recording.trace import Trace
 from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
-from ait.viz.style import OKABE_ITO, Theme, bare, check_width, new_figure, style
+from ait.viz.style import OKABE_ITO, Theme, add_bar, bare, check_width, new_figure, style
 
 NAME = "plot_rollout"
+SOURCES = {"this image": OKABE_ITO[0], "other images": OKABE_ITO[1], "memory": OKABE_ITO[2]}
 
 
 def plot_rollout(
@@ -23,7 +25,7 @@ def plot_rollout(
     images: Tensor,
     *,
     index: int = -1,
-    image: Sequence[int] | int = (0, 1, 2),
+    image: Sequence[int] | int | None = None,
     token: int | None = None,
     batch_share: float | None = None,
     grid: tuple[int, int] | None = None,
@@ -40,7 +42,7 @@ def plot_rollout(
         trace: recorded with ``attention=True``.
         images: ``(B, C, H, W)``, those of the recorded pass.
         index: which pass of the trace.
-        image: which images of the batch; those beyond its size are left out of the default.
+        image: which images of the batch; the first three by default.
         token: whose sources; the class token (the first token) where there are tokens before the patches, else the
             mean over all tokens, as the head of ait's models reads them all.
         batch_share: see :func:`ait.viz.attention_rollout`.
@@ -59,9 +61,7 @@ def plot_rollout(
     """
     record = trace.layer(0, index)
     places = find_grid(NAME, record, images, grid)
-    if image == (0, 1, 2):
-        image = range(min(3, record.batch))
-    chosen = choose_images(NAME, image, record.batch)
+    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
     tokens = record.tokens_per_image
     if token is not None and (not isinstance(token, int) or not -tokens <= token < tokens):
         raise op_error(NAME, f"token from 0 to {tokens - 1}, or None", repr(token))
@@ -74,7 +74,7 @@ def plot_rollout(
     with style(theme):
         cell = (width - 0.9) / 3.4
         aspect = images.shape[2] / images.shape[3]
-        figure = new_figure(width, len(chosen) * (cell * aspect + 0.1) + 0.75)
+        figure = new_figure(width, len(chosen) * (cell * aspect + 0.1) + 0.95)
         axes = figure.subplots(len(chosen), 4, width_ratios=[1, 1, 1, 0.4], squeeze=False)
         maps = [_sources(each, token) for each in (plain, together)]
         for row, number in enumerate(chosen):
@@ -93,11 +93,12 @@ def plot_rollout(
                     alpha=0.8,
                 )
             _draw_shares(axes[row, 3], together, row, token)
+            axes[row, 3].set_box_aspect(aspect / 0.4)
         for ax, title in zip(axes[0], ("image", "attention", "with workspace", "from"), strict=True):
             ax.set_title(title)
-        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.4 / len(chosen) + 0.2), pad=0.01, aspect=18)
-        bar.outline.set_visible(False)
-        bar.set_label("share (1 = mean patch)")
+        add_bar(figure, shown, axes, "share (1 = mean patch)")
+        handles = [Patch(color=colour, label=name) for name, colour in SOURCES.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1, fontsize=7)
         whose = "all tokens" if token is None else f"token {token}"
         figure.suptitle(f"rollout: sources of {whose}", fontsize=9)
     return figure
@@ -114,15 +115,16 @@ def _largest(maps: list[Tensor], prefix: int) -> float:
 
 
 def _draw_shares(axes: Axes, rollout: Rollout, row: int, token: int | None) -> None:
-    shares = [rollout.weights[row].sum(1), rollout.others[row], rollout.memory[row]]
     bottom = 0.0
-    for values, name, colour in zip(shares, ("image", "others", "memory"), (0, 1, 2), strict=True):
+    parts = (rollout.weights[row].sum(1), rollout.others[row], rollout.memory[row])
+    for values, (name, colour) in zip(parts, SOURCES.items(), strict=True):
         share = float(values.mean() if token is None else values[token])
-        axes.bar(0, share, bottom=bottom, color=OKABE_ITO[colour], width=0.9)
+        axes.bar(0, share, bottom=bottom, color=colour, width=0.9)
         if share > 0.08:
-            label = f"{name}\n{100 * share:.0f} %"
-            written = "#000000" if name == "others" else "#ffffff"  # on orange, and on blue and green
-            axes.text(0, bottom + share / 2, label, ha="center", va="center", fontsize=6, color=written)
+            written = "#000000" if name == "other images" else "#ffffff"  # on orange, and on blue and green
+            axes.text(
+                0, bottom + share / 2, f"{100 * share:.0f} %", ha="center", va="center", fontsize=6, color=written
+            )
         bottom += share
     axes.set_ylim(0, 1)
     bare(axes)

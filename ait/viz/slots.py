@@ -12,7 +12,7 @@ from ait.ops._checks import check_positive_int, op_error
 from ait.recording.rollout import choose_images
 from ait.recording.trace import LayerRecord, Trace
 from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
-from ait.viz.style import Theme, check_width, colormap, new_figure, short_name, style
+from ait.viz.style import Theme, add_bar, check_width, new_figure, short_name, style
 
 NAME = "plot_slots"
 
@@ -23,8 +23,8 @@ def plot_slots(
     *,
     layer: str | int = -1,
     index: int = -1,
-    image: Sequence[int] | int = (0, 1, 2),
-    slots: Sequence[int] | int = 6,
+    image: Sequence[int] | int | None = None,
+    slots: Sequence[int] | int | None = None,
     head: int | None = None,
     grid: tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -42,8 +42,9 @@ def plot_slots(
         images: ``(B, C, H, W)``, those of the recorded pass.
         layer: index or name.
         index: which pass of the trace.
-        image: which images of the batch; those beyond its size are left out of the default.
-        slots: which slots, or how many: those that attend most to the images shown.
+        image: which images of the batch; the first three by default.
+        slots: which slots, or how many: those that attend most to the images shown; as many as the width holds by
+            default.
         head: which head of the write; the mean of all by default.
         grid: rows and columns of patches, where the recording does not know them.
         mean: of the channels, to undo a normalisation.
@@ -61,22 +62,20 @@ def plot_slots(
     record = trace.layer(layer, index)
     write = record.require_write(NAME)
     places = find_grid(NAME, record, images, grid)
-    if image == (0, 1, 2):
-        image = range(min(3, record.batch))
-    chosen = choose_images(NAME, image, record.batch)
+    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
     gates_SMT = write.dense_gates()
     heads = gates_SMT.shape[0]
     if head is not None and (not isinstance(head, int) or not -heads <= head < heads):
         raise op_error(NAME, f"head from 0 to {heads - 1}, or None for their mean", repr(head))
     gates_MT = gates_SMT.mean(0) if head is None else gates_SMT[head]
     gates_MBN = record.by_image(gates_MT).detach().cpu().float()
-    columns = _choose_slots(slots, gates_MBN[:, chosen], record)
     width = check_width(NAME, width)
+    columns = _choose_slots(max(1, int(width / 0.85) - 1) if slots is None else slots, gates_MBN[:, chosen], record)
 
     with style(theme):
         cell = width / (len(columns) + 1.6)
         aspect = images.shape[2] / images.shape[3]
-        figure = new_figure(width, len(chosen) * (cell * aspect + 0.18) + 0.45)
+        figure = new_figure(width, len(chosen) * (cell * aspect + 0.2) + 0.5)
         axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
         largest = max(float(gates_MBN[columns][:, chosen].max()), 1e-6)
         for row, number in enumerate(chosen):
@@ -90,7 +89,7 @@ def plot_slots(
                 taken = places.place(values)
                 shown = ax.imshow(
                     torch.from_numpy(taken).masked_fill(torch.from_numpy(taken) == 0, torch.nan).numpy(),
-                    cmap=colormap("viridis"),
+                    cmap="viridis",
                     vmin=0,
                     vmax=largest,
                     extent=extent(pixels),
@@ -98,10 +97,8 @@ def plot_slots(
                     alpha=0.85,
                 )
                 ax.set_title(_title(slot, values, places.prefix, first=row == 0), fontsize=7)
-        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.6 / len(chosen) + 0.2), pad=0.01, aspect=18)
-        bar.outline.set_visible(False)
-        bar.set_label("gate" + ("" if head is None else f" of head {head}"))
-        figure.suptitle(f"{short_name(record.name)}: patches that slots take", fontsize=9)
+        add_bar(figure, shown, axes, "gate" + ("" if head is None else f" of head {head}"))
+        figure.suptitle(f"{short_name(record.name)}: patches that slots take, and how many", fontsize=9)
     return figure
 
 
@@ -119,7 +116,7 @@ def _choose_slots(slots: Sequence[int] | int, gates_MBN: Tensor, record: LayerRe
 
 
 def _title(slot: int, values: Tensor, prefix: int, first: bool) -> str:
-    """``slot 3: 5`` patches; and a plus for the tokens before them."""
+    """How many patches a slot takes, with a plus where it takes tokens before them, too."""
     count = int((values[prefix:] > 0).sum())
     text = f"{count}" + ("+" if bool((values[:prefix] > 0).any()) else "")
-    return f"slot {slot}: {text}" if first else text
+    return f"slot {slot}\n{text}" if first else text

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ait.nn._validate import check_choice, check_number
+
+if TYPE_CHECKING:
+    from matplotlib.colorizer import ColorizingArtist
 
 Theme = Literal["light", "dark", "transparent"]
 
@@ -99,11 +102,13 @@ def faint() -> Any:
     return matplotlib.rcParams["grid.color"]
 
 
-def colormap(name: str, empty: str | None = None) -> Colormap:
-    """A colour map, with ``empty`` for what is masked (nothing is drawn there by default)."""
-    chosen = matplotlib.colormaps[name].copy()
-    chosen.set_bad(empty or "none")
-    return chosen
+def add_bar(figure: Figure, shown: ColorizingArtist, axes: Any, label: str = "") -> None:
+    """A colour bar beside rows of images, about as long as two of them."""
+    bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.4 / len(axes) + 0.2), pad=0.01, aspect=18)
+    bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(5)
+    bar.update_ticks()
+    bar.set_label(label)
 
 
 def bare(axes: Axes) -> None:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ait.ops._checks import op_error
 from ait.recording.trace import Trace
-from ait.viz.style import OKABE_ITO, Theme, check_width, colormap, faint, ink, new_figure, short_name, style
+from ait.viz.style import OKABE_ITO, Theme, check_width, faint, ink, new_figure, short_name, style
 
 NAME = "plot_slot_use"
 
@@ -41,10 +41,10 @@ def plot_slot_use(
     use = torch.stack([layer.slot_use.detach().cpu().float() for layer in layers]).sort(descending=True).values
 
     with style(theme):
-        figure = new_figure(width, 0.28 * len(layers) + 1.1)
+        figure = new_figure(width, 0.28 * len(layers) + 1.15)
         left, right = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
         relative = num_slots * use
-        shown = left.imshow(relative.numpy(), aspect="auto", cmap=colormap("cividis"), vmin=0, interpolation="nearest")
+        shown = left.imshow(relative.numpy(), aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
         for row, values in enumerate(relative):
             dead = torch.nonzero(values < threshold).flatten().tolist()
             left.plot(dead, [row] * len(dead), "x", color="#ffffff", markersize=4)
@@ -66,7 +66,8 @@ def plot_slot_use(
             )  # fmt: skip
         right.axvline(num_slots, color=faint(), linewidth=0.8, linestyle="--")
         right.set_xlim(0, 1.03 * num_slots)
-        right.set_xlabel(f"perplexity (of {num_slots})")
+        right.set_xticks([0, num_slots])
+        right.set_xlabel("perplexity")
         right.tick_params(axis="y", length=0, labelleft=False)
         right.spines["left"].set_visible(False)
     return figure
