@@ -1,14 +1,15 @@
 """Associative recall: patterns are stored, corrupted and retrieved, beside what theory promises.
 
-    python experiments/recall.py                 # about two minutes; writes experiments/results/recall/
+    python experiments/recall.py                 # about half a minute; writes experiments/results/recall/
     python experiments/recall.py --quick --out /tmp/recall
 
 Four figures and the numbers behind them (recall.json):
 
 - energy: states far from their patterns (noise as long as the pattern) descend in energy, step by step.
 - digits: the lower half of handwritten digits is taken away, and comes back.
-- capacity: the share of random patterns that one update retrieves, over the number of patterns and beta; dashed, the
-  share for which Theorem 5 promises it; marks, the number of patterns that Theorem 3 says can be stored.
+- capacity: the share of random patterns that one update retrieves, over the number of patterns and beta, with Wilson's
+  95 % interval (which takes queries of the same patterns as independent); dashed, the share for which Theorem 5
+  promises it; triangles, the number of patterns that Theorem 3 says can be stored.
 - error: the retrieval error of single queries and Theorem 5's bound on it.
 
 Patterns are uniform on the sphere of radius ``M = sqrt(d - 1)`` (Theorem 3 with ``K = 1``); a query is a pattern plus
@@ -48,6 +49,7 @@ from ait.viz.style import OKABE_ITO, bare, new_figure, style
 
 RESULTS = Path(__file__).parent / "results" / "recall"
 STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^v"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Settings:
 
     dims: tuple[int, ...] = (16, 32)
     betas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    most_patterns: int = 2**14
+    most_patterns: int = 2**16
     """The numbers of patterns are the powers of 2 up to this."""
     draws: int = 20
     """Sets of random patterns for each number of them."""
     queries: int = 64
     """Of each set; a set of fewer patterns is asked for all of them, each once."""
-    noise: float = 0.25
+    noise: float = 0.1
     tolerance: float = 0.1
     failure: float = 0.05
     """``p`` of Theorem 3."""
@@ -92,11 +94,16 @@ def lambert_w(z: float) -> float:
     return w
 
 
-def theorem_3(dim: int, beta: float, p: float, k: float = 1.0) -> float | None:
-    """The number of patterns that can be stored with probability ``1 - p``; None where its condition does not hold."""
+def theorem_3_c(dim: int, beta: float, p: float, k: float = 1.0) -> float:
+    """``c`` of Theorem 3, for patterns of length ``k sqrt(dim - 1)``."""
     a = 2 / (dim - 1) * (1 + math.log(2 * beta * k**2 * p * (dim - 1)))
     b = 2 * k**2 * beta / 5
-    c = b / lambert_w(math.exp(a + math.log(b)))
+    return b / lambert_w(math.exp(a + math.log(b)))
+
+
+def theorem_3(dim: int, beta: float, p: float) -> float | None:
+    """The number of patterns that can be stored with probability ``1 - p``; None where its condition does not hold."""
+    c = theorem_3_c(dim, beta, p)
     if c < (2 / math.sqrt(p)) ** (4 / (dim - 1)):
         return None
     return math.sqrt(p) * c ** ((dim - 1) / 4)
@@ -199,7 +206,7 @@ def energies(settings: Settings, dim: int, count: int) -> list[dict[str, Any]]:
     return entries
 
 
-def recalled_digits(settings: Settings, beta: float = 0.25) -> tuple[dict[str, Any], list[np.ndarray]]:
+def recalled_digits(settings: Settings, beta: float = 1.0) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Ten digits without their lower half among 100 that are stored; their pictures, state by state."""
     train, _ = digits()
     images = train.images.double().flatten(1)
@@ -249,13 +256,13 @@ def draw_capacity(entries: list[dict[str, Any]], settings: Settings) -> Figure:
     figure = new_figure(7.0, 3.2)
     panels = figure.subplots(1, len(settings.dims), sharey=True, squeeze=False)[0]
     for axes, dim in zip(panels, settings.dims, strict=True):
-        for beta, colour in zip(settings.betas, OKABE_ITO, strict=False):
+        for beta, colour, marker in zip(settings.betas, OKABE_ITO, MARKERS, strict=False):
             chosen = [entry for entry in entries if (entry["dim"], entry["beta"]) == (dim, beta)]
             counts = [entry["patterns"] for entry in chosen]
             low, high = np.array([entry["interval_95"] for entry in chosen]).T
             axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
             share = [entry["retrieved"] / entry["queries"] for entry in chosen]
-            axes.plot(counts, share, "o-", color=colour, markersize=2.5, label=f"{beta:g}")
+            axes.plot(counts, share, f"{marker}-", color=colour, markersize=3, label=f"{beta:g}")
             promised = [entry["promised_by_theorem_5"] / entry["queries"] for entry in chosen]
             axes.plot(counts, promised, "--", color=colour, linewidth=1)
             guaranteed = theorem_3(dim, beta, settings.failure)
@@ -268,15 +275,14 @@ def draw_capacity(entries: list[dict[str, Any]], settings: Settings) -> Figure:
         axes.grid(axis="y")
     panels[0].set_ylabel("share retrieved by one update")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="beta")
-    text = "dashed: promised by Theorem 5\ntriangles: N of Theorem 3"
-    figure.supxlabel(text.replace("\n", "; "), fontsize=7)
+    figure.supxlabel("dashed: promised by Theorem 5; triangles above: N of Theorem 3, where it applies", fontsize=7)
     return figure
 
 
 def draw_errors(entries: list[dict[str, Any]]) -> Figure:
     figure = new_figure(4.5, 3.4)
     axes = figure.subplots()
-    for entry, colour, marker in zip(entries, OKABE_ITO, "osD^v", strict=False):
+    for entry, colour, marker in zip(entries, OKABE_ITO, MARKERS, strict=False):
         axes.plot(entry["bound"], entry["error"], marker, color=colour, markersize=3, alpha=0.8, label=entry["beta"])
     axes.set_xscale("log")
     axes.set_yscale("log")
