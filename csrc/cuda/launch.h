@@ -1,0 +1,106 @@
+// Between the operators and the kernels: device, stream, launches, and tensors as arrays.
+// `tests/cuda_on_host/include/cuda/launch.h` gives the same names to the C++ compiler.
+#pragma once
+
+#include <common/checks.h>
+#include <cuda/device.h>
+#include <cuda/device_limits.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <stdexcept>
+#include <string>
+
+// The dispatch key for which the operators are registered.
+#define AIT_KERNEL_DEVICE CUDA
+
+namespace ait::cuda {
+
+// A dense tensor in the memory of a CUDA device, of that of `beside` where it is given.
+inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
+                        const Tensor* beside = nullptr) {
+  STD_TORCH_CHECK(tensor.defined() && tensor.is_cuda() &&
+                      tensor.layout() == torch::headeronly::Layout::Strided,
+                  name, ": expected ", argument, " to be a dense CUDA tensor");
+  STD_TORCH_CHECK(beside == nullptr || tensor.get_device_index() == beside->get_device_index(),
+                  name, ": expected ", argument, " on device cuda:",
+                  beside == nullptr ? 0 : int(beside->get_device_index()), ", got cuda:",
+                  int(tensor.get_device_index()));
+}
+
+// The values of a tensor cannot be looked at without waiting for the device; kernels take care
+// that no value leads them out of an array.
+inline bool can_read_values(const Tensor&) { return false; }
+
+template <typename T>
+Array<const T> input(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.numel()};
+}
+
+template <typename T>
+Array<T> output(Tensor& tensor) {
+  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.numel()};
+}
+
+template <typename T>
+Array<T> no_array() {
+  return {nullptr, 0};
+}
+
+// Makes a tensor's device the current one for as long as it lives, and launches on torch's current
+// stream of that device.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(torch::stable::accelerator::DeviceIndex(device_)) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  DeviceLimits limits() const {
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            attribute(cudaDevAttrMultiProcessorCount)};
+  }
+
+  // Runs `blocks` blocks of `threads` threads; none where there are no blocks.
+  template <typename... Args>
+  void operator()(void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared_bytes,
+                  std::type_identity_t<Args>... args) const {
+    if (blocks == 0) return;
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_bytes)));
+    }
+    kernel<<<unsigned(blocks), threads, size_t(shared_bytes), stream_>>>(args...);
+    check(cudaGetLastError());
+  }
+
+ private:
+  int64_t attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device_));
+    return value;
+  }
+
+  void check(cudaError_t error) const {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+      cudaGetLastError();
+      throw std::runtime_error(
+          "ait: expected a device of compute capability " AIT_CUDA_ARCHITECTURES
+          ", for which the CUDA kernels were built, got cuda:" +
+          std::to_string(device_) + " of capability " +
+          std::to_string(attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
+          std::to_string(attribute(cudaDevAttrComputeCapabilityMinor)) +
+          "; build ait on this machine, or name the capability in TORCH_CUDA_ARCH_LIST");
+    }
+    STD_CUDA_CHECK(error);
+  }
+
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace ait::cuda

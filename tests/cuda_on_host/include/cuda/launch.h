@@ -1,0 +1,54 @@
+// The host's counterpart of csrc/cuda/launch.h: CPU tensors, and launches that run on fibers.
+#pragma once
+
+#include <common/checks.h>
+#include <cuda/device.h>
+#include <cuda/device_limits.h>
+#include <torch/csrc/stable/library.h>
+
+#define AIT_KERNEL_DEVICE CPU
+
+namespace ait::cuda {
+
+inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
+                        const Tensor* = nullptr) {
+  check_dense_cpu(name, argument, tensor);
+}
+
+inline bool can_read_values(const Tensor&) { return true; }
+
+template <typename T>
+Array<const T> input(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.numel()};
+}
+
+// What a kernel does not write stays a number that no test takes for a result.
+template <typename T>
+Array<T> output(Tensor& tensor) {
+  T* data = static_cast<T*>(tensor.mutable_data_ptr());
+  if (data != nullptr) std::memset(static_cast<void*>(data), 0xff, size_t(tensor.numel()) * sizeof(T));
+  return {data, tensor.numel()};
+}
+
+template <typename T>
+Array<T> no_array() {
+  return {};
+}
+
+class Launcher {
+ public:
+  explicit Launcher(const Tensor&) {}
+
+  DeviceLimits limits() const {
+    return {cuda_on_host::settings().shared_bytes, cuda_on_host::settings().multiprocessors};
+  }
+
+  template <typename... Args>
+  void operator()(void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared_bytes,
+                  std::type_identity_t<Args>... args) const {
+    if (blocks == 0) return;
+    cuda_on_host::run_grid(blocks, threads, shared_bytes, [&] { kernel(args...); });
+  }
+};
+
+}  // namespace ait::cuda
