@@ -27,6 +27,9 @@ class Array {
  public:
   Array() = default;
   __host__ __device__ Array(T* data, int64_t) : data_(data) {}
+  template <typename U>
+    requires(std::is_same_v<const U, T> && !std::is_const_v<U>)
+  __host__ __device__ Array(const Array<U>& other) : data_(other.data_) {}
 
   __device__ T& operator[](int64_t i) const { return data_[i]; }
   __device__ Array operator+(int64_t offset) const { return {data_ + offset, 0}; }
@@ -44,6 +47,9 @@ class Array {
   }
 
  private:
+  template <typename U>
+  friend class Array;
+
   T* data_;
 };
 

@@ -86,10 +86,11 @@ template <typename S, typename C>
 __device__ inline void multiply(const HopfieldTile<C>& tile, const Array<C>& weights, int64_t first,
                                 int count, bool aligned, const Array<S>& target) {
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-  const int64_t items = divide_up(tile.width, kHopfieldColumns) * (kHopfieldTokens / 8);
+  constexpr int kGroups = kHopfieldTokens / 8;
+  const int64_t items = (tile.width + kHopfieldColumns - 1) / kHopfieldColumns * kGroups;
   for (int64_t item = warp; item < items; item += kHopfieldWarps) {
-    const int t0 = int(item % (kHopfieldTokens / 8)) * 8;
-    const int64_t e = item / (kHopfieldTokens / 8) * kHopfieldColumns + lane * 4;
+    const int t0 = int(item % kGroups) * 8;
+    const int64_t e = item / kGroups * kHopfieldColumns + lane * 4;
     if (e >= tile.width || t0 >= count) continue;
     Pack<C> sum[8] = {};
     for (int64_t m = 0; m < tile.pattern_rows; m += 4) {

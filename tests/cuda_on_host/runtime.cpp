@@ -127,11 +127,8 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
 };
 
-thread_local Block block;
-thread_local Stacks stacks;
-// Times between barriers, counted over all blocks and launches: what lies before `block_begin`
-// happened in another block, what lies before `launch_begin` in an earlier launch.
-thread_local int64_t epoch = 0, block_begin = 0, launch_begin = 0;
+Block block;
+Stacks stacks;
 
 std::string where(unsigned thread) {
   return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
@@ -145,6 +142,7 @@ std::string text(const Site& site) {
 void set_current(unsigned thread) {
   block.current = thread;
   thread_index = {thread, 0, 0};
+  warp_epoch = block.fibers[thread].warp_epoch;
 }
 
 void enter() {
@@ -258,11 +256,9 @@ SharedPiece take_shared(int64_t offset, int64_t count, int64_t element_size) {
   return {reinterpret_cast<void*>((base + 15) / 16 * 16 + uintptr_t(offset)), shadow.get()};
 }
 
-void Shadow::touch(int64_t index, Access access) {
-  Cell& cell = cells_[size_t(index)];
+void Shadow::touch_slowly(Cell& cell, int64_t index, Access access) {
   const auto self = int16_t(block.current);
   const auto warp = int16_t(self / 32);
-  const int32_t warp_epoch = block.fibers[size_t(self)].warp_epoch;
   const auto conflict = [&](const char* what) {
     fail("conflict: " + where(block.current) + " " +
          (access == Access::read ? "reads" : "writes") + " element " + std::to_string(index) +
@@ -287,8 +283,11 @@ void Shadow::touch(int64_t index, Access access) {
     if (is_first && cell.read_epoch >= launch_begin && cell.read_epoch < block_begin) {
       cell.foreign_read_epoch = cell.read_epoch;
     }
-    cell.reader = is_first || cell.reader == self ? self : int16_t{-1};
+    // Earlier readers count no more once this thread is ordered behind them: so is a later write.
+    const bool is_alone = is_first || cell.reader == self ||
+                          (cell.read_warp == warp && cell.read_warp_epoch < warp_epoch);
     cell.read_warp = is_first || cell.read_warp == warp ? warp : int16_t{-1};
+    cell.reader = is_alone ? self : int16_t{-1};
     cell.read_epoch = epoch;
     cell.read_warp_epoch = warp_epoch;
     return;
@@ -362,7 +361,7 @@ WarpValues exchange(unsigned mask, uint64_t value, const Site& site) {
 void sync_warp(unsigned mask, const Site& site) {
   exchange(mask, 0, site);
   // A barrier of some lanes alone is not taken to order anything: too strict rather than too lax.
-  if (mask == 0xffffffffu) ++block.fibers[block.current].warp_epoch;
+  if (mask == 0xffffffffu) warp_epoch = ++block.fibers[block.current].warp_epoch;
 }
 
 void run_grid(int64_t blocks, int threads, int64_t shared_bytes,

@@ -23,8 +23,13 @@ struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// What the current fiber sees.
-inline thread_local Index3 thread_index, block_index, block_size, grid_size;
+// What the current fiber sees. All of this is for one operating-system thread at a time.
+inline Index3 thread_index, block_index, block_size, grid_size;
+inline int32_t warp_epoch;  // of the current fiber: how often its warp came together
+
+// Times between barriers, counted over all blocks and launches: what lies before `block_begin`
+// happened in another block, what lies before `launch_begin` in an earlier launch.
+inline int64_t epoch = 0, block_begin = 0, launch_begin = 0;
 
 // An error in the kernel: the message says where and what.
 [[noreturn]] void fail(const std::string& what);
@@ -56,9 +61,21 @@ class Shadow {
     for (Cell& cell : cells_) cell.initialised = initialised;
   }
   int64_t size() const { return int64_t(cells_.size()); }
-  void touch(int64_t index, Access access);
+  void touch(int64_t index, Access access) {
+    // Most accesses: a value from before this time is read, and no other thread read it.
+    Cell& cell = cells_[size_t(index)];
+    const bool is_settled = cell.write_epoch < epoch &&
+                            (cell.write_epoch >= block_begin || cell.write_epoch < launch_begin);
+    if (access == Access::read && cell.initialised && is_settled && cell.read_epoch == epoch &&
+        (cell.read_warp < 0 ||
+         (cell.reader == int16_t(thread_index.x) && cell.read_warp_epoch == warp_epoch))) {
+      return;
+    }
+    touch_slowly(cell, index, access);
+  }
 
  private:
+  void touch_slowly(Cell& cell, int64_t index, Access access);
   std::vector<Cell> cells_;
 };
 
