@@ -11,9 +11,9 @@ endif
 BASE_PYTHON ?= python3
 STATE := build/.state/$(subst /,_,$(PYTHON))
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py setup_cuda.py pyproject.toml
 CLANG_FORMAT := -c 'import clang_format; clang_format.clang_format()'
-CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help env build demo test lint format bench docs dist clean

@@ -1,14 +1,18 @@
-"""Builds the kernel library ``ait/libait_cpu.so`` and the module ``ait._C``; metadata is in pyproject.toml.
+"""Builds the kernel libraries ``ait/libait_cpu.so`` and, where a CUDA toolkit is, ``ait/libait_cuda.so``, and the module
+``ait._C``; metadata is in pyproject.toml.
 
 Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
   AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
+  TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: this machine's GPUs, else a list)
   AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512 (default: all that fit the architecture)
   CXX, MAX_JOBS           compiler; number of parallel compile jobs
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import platform
 import shlex
@@ -23,8 +27,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+import setup_cuda  # noqa: E402
+
 PURE_PYTHON = os.environ.get("AIT_PURE_PYTHON") == "1"
 KERNEL_LIBRARY = "ait.libait_cpu"
+CUDA_LIBRARY = "ait.libait_cuda"
 MODULE = "ait._C"
 
 # torch 2.10 is the first release whose stable ABI has all that the operators use; a library built for that
@@ -32,6 +40,9 @@ MODULE = "ait._C"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # Contraction off: a multiply-add is fused only where the code says so, or results would differ between variants.
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
+CUDA_FLAGS = (
+    "-O3 -std=c++20 --resource-usage -Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall -DUSE_CUDA"
+)
 CAPABILITY_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -52,17 +63,24 @@ def build_capabilities() -> list[str]:
     return chosen
 
 
+@functools.cache
+def cuda_toolkit() -> setup_cuda.Toolkit | str:
+    """The toolkit that CUDA kernels are built with, or why there are none; an error where ``AIT_CUDA=1`` asks for them."""
+    asked = setup_cuda.asks_for_cuda()
+    if asked is False:
+        return "AIT_CUDA=0"
+    found = "AIT_PURE_PYTHON=1" if PURE_PYTHON else setup_cuda.find_toolkit()
+    if asked and isinstance(found, str):
+        raise SystemExit(f"AIT_CUDA=1 asks for CUDA kernels, which cannot be built: {found}")
+    return found
+
+
 def cuda_status() -> str:
-    """Why the build has no CUDA kernels; an error where ``AIT_CUDA=1`` asks for them."""
-    asked = os.environ.get("AIT_CUDA")
-    if asked not in (None, "", "0", "1"):
-        raise SystemExit(f"AIT_CUDA: expected 0 or 1, got {asked!r}")
-    if asked == "0":
-        return "not built: AIT_CUDA=0"
-    reason = "not built: this version has no CUDA kernels yet"
-    if asked == "1":
-        raise SystemExit(f"AIT_CUDA=1 asks for CUDA kernels: {reason}")
-    return reason
+    """What was built for CUDA, or why nothing was."""
+    toolkit = cuda_toolkit()
+    if isinstance(toolkit, str):
+        return f"not built: {toolkit}"
+    return f"built with nvcc {toolkit.version} for {', '.join(setup_cuda.architectures())}"
 
 
 def write_build_info(package_dir: Path) -> None:
@@ -78,7 +96,10 @@ def write_build_info(package_dir: Path) -> None:
             "compiler": compiler_version(find_compiler()),
             "capabilities": build_capabilities(),
         }
+    toolkit = cuda_toolkit()
     info["cuda"] = cuda_status()
+    info["cuda_version"] = None if isinstance(toolkit, str) else toolkit.version
+    info["cuda_architectures"] = [] if isinstance(toolkit, str) else setup_cuda.architectures()
     header = '"""Written by setup.py when the package was built."""\n\nfrom typing import Any\n\n'
     lines = [f"    {key!r}: {value!r},\n" for key, value in info.items()]
     text = header + "BUILD_INFO: dict[str, Any] = {\n" + "".join(lines) + "}\n"
@@ -115,6 +136,16 @@ class NinjaFile:
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} -shared $in $flags -o $out",
+        ]
+
+    def add_cuda_rule(self, toolkit: setup_cuda.Toolkit) -> None:
+        compiler = shlex.join([sys.executable, str(ROOT / "setup_cuda.py")])
+        self.lines += [
+            "rule compile_cuda",
+            f"  command = {compiler} $out.json {shlex.quote(str(toolkit.nvcc))} "
+            f"-MMD -MF $out.d {CUDA_FLAGS} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
         ]
 
     @staticmethod
@@ -161,6 +192,11 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
             flags = [*common, f"-DAIT_CAPABILITY={name}", *shlex.split(CAPABILITY_FLAGS[name])]
             objects.append(ninja.add("compile", build_dir / f"{stem}.{name}.o", [source], flags))
 
+    libraries = {}
+    toolkit = cuda_toolkit()
+    if not isinstance(toolkit, str):
+        libraries[CUDA_LIBRARY] = add_cuda_library(ninja, toolkit, build_dir)
+
     kernel_library = build_dir / "libait_cpu.so"
     torch_libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     exports = f"-Wl,--version-script={csrc / 'exports.map'}"
@@ -179,15 +215,36 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
     print(f"ait: building against torch {torch.__version__} for {', '.join(capabilities)}; CUDA {cuda_status()}")
-    return {KERNEL_LIBRARY: kernel_library, MODULE: module}
+    return {**libraries, KERNEL_LIBRARY: kernel_library, MODULE: module}
+
+
+def add_cuda_library(ninja: NinjaFile, toolkit: setup_cuda.Toolkit, build_dir: Path) -> Path:
+    """Adds ``libait_cuda.so``, which is loaded beside ``libait_cpu.so``: that one defines the schemas."""
+    import torch
+
+    csrc, torch_dir = ROOT / "csrc", Path(torch.__file__).parent
+    chosen = setup_cuda.architectures()
+    includes = [f"-isystem={path}" for path in (torch_dir / "include", *toolkit.include_dirs)]
+    names = ", ".join(name.replace("+PTX", " or newer") for name in chosen)
+    flags = [f"-I{csrc}", *STABLE_ABI, *includes, *setup_cuda.architecture_flags(chosen)]
+    flags.append(f'-DAIT_CUDA_ARCHITECTURES="{names}"')
+    ninja.add_cuda_rule(toolkit)
+    objects = [
+        ninja.add("compile_cuda", build_dir / "cuda" / f"{source.stem}.o", [source], flags)
+        for source in sorted((csrc / "cuda").glob("*.cu"))
+    ]
+    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", str(toolkit.runtime)]
+    exports = f"-Wl,--version-script={csrc / 'exports.map'}"
+    link_flags = ["-Wl,-soname,libait_cuda.so", "-Wl,--no-undefined", exports, *libraries]
+    return ninja.add("link", build_dir / "libait_cuda.so", objects, link_flags)
 
 
 class BuildExtensions(build_ext):
     """Runs ninja, then lays the libraries where setuptools wants them."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # The kernel library is no Python module, so its name carries no tag of a Python version.
-        if fullname.endswith("libait_cpu"):
+        # The kernel libraries are no Python modules, so their names carry no tag of a Python version.
+        if fullname.endswith(("libait_cpu", "libait_cuda")):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -205,7 +262,7 @@ class BuildExtensions(build_ext):
         if subprocess.run(command).returncode != 0:
             raise SystemExit(
                 "ait: compiling the kernels failed; the compiler's message is above. "
-                "AIT_PURE_PYTHON=1 installs the slower reference operators instead."
+                "AIT_PURE_PYTHON=1 installs the slower reference operators instead, AIT_CUDA=0 leaves CUDA out."
             )
         for name, library in libraries.items():
             target = Path(self.get_ext_fullpath(name))
@@ -232,7 +289,15 @@ class BuildPython(build_py):
         write_build_info(ROOT / "ait" if self.editable_mode else Path(self.build_lib) / "ait")
 
 
+def extension_names() -> list[str]:
+    if PURE_PYTHON:
+        return []
+    # An isolated build asks for its requirements before torch is there.
+    with_cuda = importlib.util.find_spec("torch") is not None and not isinstance(cuda_toolkit(), str)
+    return [*([CUDA_LIBRARY] if with_cuda else []), KERNEL_LIBRARY, MODULE]
+
+
 setup(
-    ext_modules=[] if PURE_PYTHON else [Extension(KERNEL_LIBRARY, []), Extension(MODULE, [])],
+    ext_modules=[Extension(name, []) for name in extension_names()],
     cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
 )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ait._version import __version__
-from ait.ops._library import SCHEMAS, is_pure_python
+from ait.ops._library import SCHEMAS, is_pure_python, why_no_cuda_kernels
 
 PURE_PYTHON_REASON = "no: AIT_PURE_PYTHON=1 asked for the reference operators"
 
@@ -16,11 +16,13 @@ PURE_PYTHON_REASON = "no: AIT_PURE_PYTHON=1 asked for the reference operators"
 def _cuda_status() -> str:
     if is_pure_python():
         return PURE_PYTHON_REASON
+    missing = why_no_cuda_kernels()
+    if missing is not None and torch.cuda.is_available():
+        return f"no: {missing}; the reference operators run there"
     from ait._build_info import BUILD_INFO
 
-    if not torch.cuda.is_available():
-        return f"no: torch sees no CUDA device; kernels {BUILD_INFO['cuda']}"
-    return f"no: kernels {BUILD_INFO['cuda']}; the reference operators run there"
+    kernels = missing or f"kernels {BUILD_INFO['cuda']}"
+    return f"yes: {kernels}" if torch.cuda.is_available() else f"no: torch sees no CUDA device; {kernels}"
 
 
 def _kernels(name: str) -> str:

@@ -45,6 +45,26 @@ def kernel_library_path() -> Path:
     return PACKAGE_DIR / "libait_cpu.so"
 
 
+def cuda_library_path() -> Path:
+    """Where the CUDA kernels stand where they were built."""
+    return PACKAGE_DIR / "libait_cuda.so"
+
+
+def why_no_cuda_kernels() -> str | None:
+    """Why the CUDA kernels are not loaded, or None where they are."""
+    from ait._build_info import BUILD_INFO
+
+    if BUILD_INFO.get("cuda_version") is None:
+        return f"kernels {BUILD_INFO['cuda']}"
+    built_for = BUILD_INFO["cuda_version"].split(".")[0]
+    if torch.version.cuda is None or torch.version.cuda.split(".")[0] != built_for:
+        running = f"that of CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        return f"kernels built for the torch of CUDA {built_for}, and this torch is {running}; reinstall ait"
+    if not cuda_library_path().exists():
+        return f"kernels missing ({cuda_library_path()})"
+    return None
+
+
 def is_pure_python() -> bool:
     """Whether the reference operators were asked for instead of compiled ones (``AIT_PURE_PYTHON=1``)."""
     if os.environ.get("AIT_PURE_PYTHON") == "1":
@@ -75,6 +95,8 @@ def _load() -> torch.library.Library:
             "source folder, or set AIT_PURE_PYTHON=1 to run the slower reference operators."
         )
     torch.ops.load_library(str(path))
+    if why_no_cuda_kernels() is None:
+        torch.ops.load_library(str(cuda_library_path()))
     return torch.library.Library("ait", "IMPL")
 
 
@@ -84,11 +106,9 @@ LIBRARY = _load()
 @functools.cache
 def _announce_reference(device_type: str) -> None:
     """Says once for each device type that the reference operators run there, and what would help."""
-    cure = (
-        "this build of ait has no CUDA kernels (ait.show_config() says why)"
-        if device_type == "cuda"
-        else f"ait has no kernels for device type '{device_type}'"
-    )
+    cure = f"ait has no kernels for device type '{device_type}'"
+    if device_type == "cuda":
+        cure = f"{why_no_cuda_kernels() or 'this operator has no CUDA kernel'} (see ait.show_config())"
     message = f"ait runs its reference operators, in plain PyTorch, on '{device_type}': {cure}"
     if os.environ.get("AIT_REQUIRE_KERNELS") == "1":
         raise RuntimeError(message + "; AIT_REQUIRE_KERNELS=1 makes this an error")

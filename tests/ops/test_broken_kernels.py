@@ -48,7 +48,7 @@ def broken_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ait import _C
 
     target = tmp_path_factory.mktemp("broken")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, target / name)
     for name in ("ait", "csrc", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "setup.py",
+    "setup_cuda.py",
     "pyproject.toml",
     "MANIFEST.in",
     "README.md",
@@ -26,6 +27,14 @@ SOURCES = (
     "CITATION.cff",
     "Makefile",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cuda_unless_asked() -> Iterator[None]:
+    """Compiling CUDA kernels takes minutes: packages are built without them where a test does not ask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIT_CUDA", "0")
+        yield
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
