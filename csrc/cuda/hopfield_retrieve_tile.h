@@ -32,7 +32,7 @@ __device__ inline void multiply_transposed(const HopfieldTile<C>& tile,
     const int64_t rows = tile.pattern_rows - m0;
     C sum[4][8] = {};
     for (int64_t block = warp * 32; block < tile.width; block += kHopfieldWarps * 32) {
-#pragma unroll 2
+#pragma unroll(sizeof(C) == 8 ? 1 : 2)
       for (int column = 0; column < 32; column += 4) {
         const int64_t e = block + column;
         if (e >= tile.width) break;
@@ -93,6 +93,7 @@ __device__ inline void multiply(const HopfieldTile<C>& tile, const Array<C>& wei
     const int64_t e = item / kGroups * kHopfieldColumns + lane * 4;
     if (e >= tile.width || t0 >= count) continue;
     Pack<C> sum[8] = {};
+#pragma unroll 1
     for (int64_t m = 0; m < tile.pattern_rows; m += 4) {
       Pack<C> p[4];
 #pragma unroll

@@ -1,0 +1,124 @@
+"""What the harness runs as CUDA would, and what it finds: barriers, bounds, values that nobody wrote."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .build import HERE, build
+from .conftest import run_python
+
+pytestmark = pytest.mark.xdist_group("cuda_on_host")
+
+THREADS = 96
+Run = Callable[..., tuple[str, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    entry = ctypes.CDLL(str(build([HERE / "selftest.cpp"]))).cuda_on_host_selftest
+    entry.restype = ctypes.c_char_p
+    entry.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.POINTER(ctypes.c_int)]
+
+    def run(name: str, seed: int = 1) -> tuple[str, list[int]]:
+        out = (ctypes.c_int * (2 * THREADS))()
+        error = entry(name.encode(), seed, out).decode()
+        return error, list(out)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("reverse", [THREADS - 1 - t for t in range(THREADS)]),
+        ("neighbours", [t ^ 1 for t in range(THREADS)]),
+        ("warp_operations", [0] * THREADS),
+        ("histogram", [THREADS // 4] * THREADS),
+    ],
+)
+def test_right_kernels_give_the_right_result_in_any_order(run: Run, name: str, expected: list[int]) -> None:
+    for seed in range(20):
+        assert run(name, seed) == ("", expected * 2)
+
+
+def test_threads_and_blocks_run_in_an_order_that_the_seed_decides(run: Run) -> None:
+    orders = [tuple(run("order_of_threads", seed)[1]) for seed in (1, 1, 2, 3)]
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 3
+    assert all(sorted(order) == list(range(2 * THREADS)) for order in orders)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reverse_without_barrier", "(conflict|uninitialised)"),
+        ("neighbours_without_syncwarp", "(conflict|uninitialised)"),
+        ("syncwarp_for_other_warps", "(conflict|uninitialised)"),
+        ("write_after_read", "conflict"),
+        ("histogram_without_atomics", "conflict"),
+        ("two_blocks_write_the_same", "conflict.*another block"),
+        ("reverse_off_by_one", "out of bounds.*element 96 of an array of 96"),
+        ("global_off_by_one", "out of bounds.*element 192 of an array of 192"),
+        ("before_the_begin", "out of bounds.*element -1 of an array of 192"),
+        ("uninitialised_shared", "uninitialised.*element 0 "),
+        ("uninitialised_global", "uninitialised"),
+        ("barrier_after_an_exit", "divergent barrier.*1 threads of its block have ended"),
+        ("barriers_apart", r"divergent barrier.*selftest.cpp:\d+"),
+        ("absent_lanes", "for lanes of its warp that never come"),
+        ("different_warp_operations", "divergent warp"),
+        ("misaligned", "misaligned"),
+        ("too_much_shared_memory", "8000 bytes of shared memory.*the launch gave 1024"),
+    ],
+)
+def test_broken_kernels_are_found_with_every_seed(run: Run, name: str, message: str) -> None:
+    for seed in range(10):
+        error, _ = run(name, seed)
+        assert_matches(error, message)
+
+
+def assert_matches(text: str, pattern: str) -> None:
+    assert re.search(pattern, text), f"{text!r} does not say {pattern!r}"
+
+
+# Operator: what is broken, file, what it says, what it should better not say, and what the harness says.
+SLIPS = {
+    "hopfield_retrieve": {
+        "removed barrier": (
+            "hopfield_retrieve_kernel.h",
+            "    __syncthreads();\n    multiply(tile, weights",
+            "    multiply(tile, weights",
+            "conflict|uninitialised",
+        ),
+        "off by one": (
+            "hopfield_retrieve_kernel.h",
+            "m < num_patterns && e < width) value",
+            "m <= num_patterns && e < width) value",
+            "out of bounds",
+        ),
+        "uninitialised": (
+            "hopfield_retrieve_tile.h",
+            "m < tile.tile_stride; m += kWarpSize) {\n    C weight = 0;",
+            "m < tile.num_patterns; m += kWarpSize) {\n    C weight = 0;",
+            "uninitialised",
+        ),
+    },
+}
+CALLS = {
+    "hopfield_retrieve": "ait.ops.hopfield_retrieve(torch.randn(40, 24), torch.randn(5, 24))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("operator", "what"), [(op, what) for op, slips in SLIPS.items() for what in slips])
+def test_an_operator_broken_on_purpose_is_found(operator: str, what: str, broken_library: Callable[..., Path]) -> None:
+    file, right, wrong, message = SLIPS[operator][what]
+    library = broken_library(operator, {file: (right, wrong)})
+    script = f"import tests.cuda_on_host.plugin, torch, ait; {CALLS[operator]}"
+    result = run_python(library, "-c", script)
+    assert result.returncode != 0
+    assert_matches(result.stderr, f"cuda_on_host: ({message})")
