@@ -111,7 +111,7 @@ __device__ inline int64_t take_further_steps(const HopfieldForward<S>& a,
 }
 
 template <typename S, bool kInShared>
-__global__ void __launch_bounds__(kHopfieldThreads) hopfield_forward(HopfieldForward<S> a) {
+__global__ void __launch_bounds__(kHopfieldThreads, 1) hopfield_forward(HopfieldForward<S> a) {
   using C = ComputeOf<S>;
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const bool several = a.steps > 1;
@@ -273,7 +273,7 @@ __device__ inline void backward_steps(const HopfieldBackward<S>& a, const Hopfie
 }
 
 template <typename S, bool kInShared>
-__global__ void __launch_bounds__(kHopfieldThreads) hopfield_backward(HopfieldBackward<S> a) {
+__global__ void __launch_bounds__(kHopfieldThreads, 1) hopfield_backward(HopfieldBackward<S> a) {
   using C = ComputeOf<S>;
   const int warp = int(threadIdx.x) / kWarpSize;
   const bool several = a.steps > 1;

@@ -101,9 +101,9 @@ SLIPS = {
             "out of bounds",
         ),
         "uninitialised": (
-            "hopfield_retrieve_tile.h",
-            "m < tile.tile_stride; m += kWarpSize) {\n    C weight = 0;",
-            "m < tile.num_patterns; m += kWarpSize) {\n    C weight = 0;",
+            "hopfield_retrieve_kernel.h",
+            "    packed[i] = value;",
+            "    if (e < width) packed[i] = value;",
             "uninitialised",
         ),
     },
