@@ -22,21 +22,39 @@ REPLACED = {path.name for path in (ROOT / "tests" / "cuda_on_host" / "include" /
 # Tests of tests/ops that ask about the CPU alone, or are too large for fibers.
 LEFT_OUT = "not (threads or compiled or instruction or most_steps or many_patterns or opcheck or without_dense)"
 SELECTIONS = {
+    "bottleneck_attend": "not (many_rows_may or layout and (float16 or float32))",
     "hopfield_retrieve": (
         "(match_the_reference and (float64 or bfloat16)) or gradcheck_through or every_output or tol or opposite"
         " or infinite_logits or wrong_arguments or checks_what or expanded or huge_inverse"
     ),
 }
+# Bytes of shared memory with which not everything fits, and tests that go there then.
+SMALL_DEVICE = {
+    "bottleneck_attend": (800, "match_the_reference and float32"),
+    "hopfield_retrieve": (75_000, "match_the_reference and float64 and 6"),
+}
 
 
-@pytest.mark.parametrize("operator", SELECTIONS)
-def test_the_operators_tests_pass_on_the_cuda_kernels(operator: str, library: Path) -> None:
+def run_operator_tests(operator: str, library: Path, selection: str, settings: str | None = None) -> None:
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.cuda_on_host.plugin"]
-    selection = f"({SELECTIONS[operator]}) and {LEFT_OUT}"
-    result = run_python(library, "-m", "pytest", *options, "-k", selection, f"tests/ops/test_{operator}.py")
+    selection = f"({selection}) and {LEFT_OUT}"
+    test_file = f"tests/ops/test_{operator}.py"
+    result = run_python(library, "-m", "pytest", *options, "-k", selection, test_file, settings=settings)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed.group(1)) >= 10, result.stdout
+    assert passed and int(passed.group(1)) >= 5, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", SELECTIONS)
+def test_the_operators_tests_pass_on_the_cuda_kernels(operator: str, library: Path) -> None:
+    run_operator_tests(operator, library, SELECTIONS[operator])
+
+
+@pytest.mark.parametrize("operator", SMALL_DEVICE)
+def test_what_does_not_fit_into_shared_memory_goes_through_global_memory(operator: str, library: Path) -> None:
+    shared_bytes, selection = SMALL_DEVICE[operator]
+    run_operator_tests(operator, library, selection, settings=f"7,{shared_bytes},2")
 
 
 @pytest.mark.parametrize("path", KERNEL_HEADERS, ids=lambda path: path.name)

@@ -55,13 +55,6 @@ def test_unknown_capability_is_refused(source_copy: Path, value: str) -> None:
     assert "AIT_BUILD_CAPABILITIES: expected some of" in result.stderr
 
 
-def test_cuda_is_an_error_only_when_asked_for(source_copy: Path) -> None:
-    result = build(source_copy, AIT_CUDA="1")
-    assert result.returncode != 0
-    assert "AIT_CUDA=1 asks for CUDA kernels" in result.stderr
-    assert "AIT_CUDA: expected 0 or 1" in build(source_copy, AIT_CUDA="yes").stderr
-
-
 def test_import_of_an_unbuilt_checkout_says_how_to_build(source_copy: Path) -> None:
     result = run([sys.executable, "-c", "import ait"], cwd=source_copy)
     assert "the compiled operators are missing" in result.stderr

@@ -1,0 +1,239 @@
+"""The build of the CUDA kernels: which toolkit, which architectures, what is said, and what the library holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ait.ops import _library
+from ait.ops._library import SCHEMAS, cuda_library_path, why_no_cuda_kernels
+
+from .conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+import setup_cuda
+
+pytestmark = pytest.mark.xdist_group("packaging")
+
+CUDA_OBJECTS = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cuda"
+needs_toolkit = pytest.mark.skipif(isinstance(setup_cuda.find_toolkit(), str), reason="needs a CUDA toolkit")
+needs_cuda_build = pytest.mark.skipif(
+    _library.is_pure_python() or why_no_cuda_kernels() is not None, reason="needs a build with CUDA kernels"
+)
+
+
+def build(source: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=source, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def fake_root(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder that looks like a CUDA toolkit, with some of its files."""
+
+    def make(*files: str, version: str = "13.0") -> Path:
+        root = tmp_path / "toolkit"
+        for name in files:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+            path.chmod(0o755)
+        return root
+
+    return make
+
+
+COMPLETE = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so")
+
+
+@pytest.fixture
+def only_root(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Lets the search see one folder and the PATH."""
+
+    def choose(root: Path) -> None:
+        monkeypatch.setattr(setup_cuda, "_candidate_roots", lambda torch_cuda: [root])
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    return choose
+
+
+def test_a_complete_toolkit_is_found(fake_root: Callable[..., Path], only_root: Callable[[Path], None]) -> None:
+    root = fake_root(*COMPLETE)
+    only_root(root)
+    expected = setup_cuda.Toolkit(root / "bin" / "nvcc", (root / "include",), root / "lib64" / "libcudart.so", "13.0")
+    assert setup_cuda.find_toolkit() == expected
+
+
+@pytest.mark.parametrize("missing", COMPLETE)
+def test_a_root_without_compiler_headers_or_runtime_is_not_believed(
+    missing: str, fake_root: Callable[..., Path], only_root: Callable[[Path], None]
+) -> None:
+    only_root(fake_root(*(name for name in COMPLETE if name != missing)))
+    assert "no CUDA toolkit found" in str(setup_cuda.find_toolkit())
+
+
+def test_another_major_version_than_that_of_torch_is_named(
+    fake_root: Callable[..., Path], only_root: Callable[[Path], None]
+) -> None:
+    only_root(fake_root(*COMPLETE, version="12.8"))
+    reason = setup_cuda.find_toolkit()
+    assert isinstance(reason, str) and "nvcc 12.8" in reason and "built for CUDA 13.0" in reason
+
+
+def test_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA" in str(setup_cuda.find_toolkit())
+
+
+def test_a_wrapper_on_the_path_leads_to_the_standard_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    toolkit = setup_cuda.find_toolkit()
+    if isinstance(toolkit, str):
+        pytest.skip("no toolkit in a standard place")
+    assert (toolkit.include_dirs[0] / "cuda_runtime.h").exists() and toolkit.nvcc != wrapper
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("9.0", ["-gencode=arch=compute_90,code=sm_90"]),
+        (
+            "8.0 12.0+PTX",
+            [f"-gencode=arch=compute_{a},code={c}" for a, c in (("80", "sm_80"), ("120", "sm_120"))]
+            + ["-gencode=arch=compute_120,code=compute_120"],
+        ),
+        ("9.0a;10.0", ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_100,code=sm_100"]),
+    ],
+)
+def test_the_architecture_list_of_torch_is_honoured(
+    asked: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup_cuda.architecture_flags(setup_cuda.architectures()) == expected
+
+
+def test_without_a_list_and_without_a_gpu_a_default_list_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert setup_cuda.architectures() == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    assert setup_cuda.architectures() == ["9.0"]
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "90", "9.0;x"])
+def test_a_wrong_architecture_list_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected compute capabilities"):
+        setup_cuda.architectures()
+
+
+def test_a_missing_toolkit_is_an_error_only_when_asked_for(source_copy: Path, tmp_path: Path) -> None:
+    # A torch for which no toolkit can be found, whatever this machine has.
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = None\n")
+    result = build(source_copy, AIT_CUDA="1", PYTHONPATH=str(site))
+    assert result.returncode != 0
+    assert "AIT_CUDA=1 asks for CUDA kernels, which cannot be built: torch" in result.stderr
+    assert "AIT_CUDA: expected 0 or 1, got 'yes'" in build(source_copy, AIT_CUDA="yes").stderr
+
+
+RESOURCE_USAGE = """ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 1 barriers, 1024 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_90'
+ptxas info    : Function properties for second
+    24 bytes stack frame, 24 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 24 bytes cumulative stack size
+"""
+
+
+def test_resource_usage_is_read_kernel_by_kernel() -> None:
+    assert setup_cuda.parse_resource_usage(RESOURCE_USAGE) == {
+        "first sm_90": {"registers": 30, "static_shared_bytes": 1024, "stack_bytes": 0, "spill_bytes": 0},
+        "second sm_90": {"registers": 128, "static_shared_bytes": 0, "stack_bytes": 24, "spill_bytes": 44},
+    }
+
+
+@pytest.mark.parametrize("report", [RESOURCE_USAGE, ""], ids=["spills", "no report"])
+def test_spills_and_missing_reports_fail_the_compile(report: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"import sys; sys.stderr.write({report!r})"]
+    assert setup_cuda.compile_without_spills(tmp_path / "record.json", command) == 1
+
+
+def test_a_compile_without_spills_leaves_a_record(tmp_path: Path) -> None:
+    report = RESOURCE_USAGE[: RESOURCE_USAGE.index("ptxas info    : Compiling entry function 'second'")]
+    command = [sys.executable, "-c", f"import sys; sys.stderr.write({report!r})"]
+    assert setup_cuda.compile_without_spills(tmp_path / "record.json", command) == 0
+    assert json.loads((tmp_path / "record.json").read_text())["first sm_90"]["registers"] == 30
+
+
+@needs_cuda_build
+def test_the_build_recorded_the_resources_of_every_kernel_and_none_spills() -> None:
+    records = sorted(CUDA_OBJECTS.glob("*.json"))
+    assert {path.name.partition(".")[0] for path in records} == {
+        path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+    }
+    for path in records:
+        usage = json.loads(path.read_text())
+        assert usage and all(use["spill_bytes"] == 0 and 0 < use["registers"] <= 255 for use in usage.values())
+
+
+@needs_cuda_build
+def test_every_operator_is_registered_for_cuda_where_no_gpu_is() -> None:
+    assert cuda_library_path().exists()
+    for name in set(SCHEMAS) - {"memory_snapshot"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ait::{name}", "CUDA"), name
+
+
+@needs_cuda_build
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_the_cuda_library_exports_nothing_foreign_and_needs_no_python() -> None:
+    run = ["nm", "-DC", "--defined-only", str(cuda_library_path())]
+    exported = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not [line for line in exported if "ait::" not in line]
+    run = ["nm", "-D", "--undefined-only", str(cuda_library_path())]
+    undefined = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert " Py" not in undefined and " _Py" not in undefined
+
+
+@pytest.mark.parametrize(("running", "reason"), [("12.8", "that of CUDA 12.8"), (None, "a build without CUDA")])
+def test_the_library_is_left_out_under_a_torch_of_another_cuda(
+    running: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ait._build_info import BUILD_INFO
+
+    monkeypatch.setitem(BUILD_INFO, "cuda_version", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", running)
+    assert reason in str(why_no_cuda_kernels()) and "reinstall ait" in str(why_no_cuda_kernels())
+
+
+@needs_toolkit
+@pytest.mark.slow
+def test_a_failed_cuda_compile_fails_the_build_with_the_compilers_message(source_copy: Path) -> None:
+    for path in (source_copy / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("#error deliberately broken\n")
+    result = build(source_copy, AIT_CUDA="1", AIT_BUILD_CAPABILITIES="baseline", TORCH_CUDA_ARCH_LIST="9.0")
+    assert result.returncode != 0
+    assert "deliberately broken" in result.stdout + result.stderr
+    assert "AIT_CUDA=0 leaves CUDA out" in result.stderr
