@@ -100,7 +100,7 @@ struct AttendForward {
 
 // Logits of a part, their maximum, the sum of their exponentials and of the tokens weighted so.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads) attend_parts(AttendForward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, 4) attend_parts(AttendForward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kWarpSize) attend_offsets(AttendBackward<S> a)
 
 // grad_logits of a part, and its share of grad_query.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads) attend_backward_parts(AttendBackward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, 4) attend_backward_parts(AttendBackward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;

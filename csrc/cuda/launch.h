@@ -48,6 +48,21 @@ Array<T> no_array() {
   return {nullptr, 0};
 }
 
+// a (G, n, d) times b (G, d, m) by the library, summed and returned in float32 (float64 for float64
+// operands). Half-precision operands run on tensor cores; float32 ones as torch's settings say.
+inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  if (a.scalar_type() == dtype) {
+    StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                          torch::stable::detail::from(dtype)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::bmm", "dtype", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Makes a tensor's device the current one for as long as it lives, and launches on torch's current
 // stream of that device.
 class Launcher {

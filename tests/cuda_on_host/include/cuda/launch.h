@@ -35,6 +35,10 @@ Array<T> no_array() {
   return {};
 }
 
+inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  return torch::stable::matmul(contiguous_as(a, dtype), contiguous_as(b, dtype));
+}
+
 class Launcher {
  public:
   explicit Launcher(const Tensor&) {}

@@ -1,0 +1,160 @@
+// ait::bottleneck_select on CUDA: checks, products by the library, selection chunk by chunk.
+#include <cuda/dispatch.h>
+#include <cuda/launch.h>
+
+#include <optional>
+#include <tuple>
+
+#include "bottleneck_select_kernel.h"
+
+namespace ait::cuda {
+namespace {
+
+using torch::stable::narrow;
+using torch::stable::new_empty;
+using torch::stable::transpose;
+
+constexpr const char* kName = "bottleneck_select";
+
+// Both operands as they are multiplied, and how many terms the query was split into.
+struct Operands {
+  Tensor query;   // (G, terms * R, d)
+  Tensor tokens;  // (T, G, d)
+  int terms;
+};
+
+Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& tokens,
+                     ScalarType rounding) {
+  const ScalarType dtype = compute_dtype(tokens.scalar_type());
+  if (rounding != dtype && rounding != ScalarType::Double) {
+    // Rounded to what was asked for. Float64 sums of rounded operands stay float64 sums.
+    const Tensor q = contiguous_as(query, rounding), x = contiguous_as(tokens, rounding);
+    if (dtype == ScalarType::Double) return {contiguous_as(q, dtype), contiguous_as(x, dtype), 1};
+    return {q, x, 1};
+  }
+  if (tokens.scalar_type() != ScalarType::BFloat16) {
+    return {contiguous_as(query, dtype), contiguous_as(tokens, dtype), 1};
+  }
+  if (query.scalar_type() == ScalarType::BFloat16) {
+    return {as_contiguous(query), as_contiguous(tokens), 1};
+  }
+  const Tensor whole = contiguous_as(query, ScalarType::Float);
+  Tensor terms = new_empty(whole, {whole.size(0), 3 * whole.size(1), whole.size(2)},
+                           ScalarType::BFloat16);
+  launch(&select_split_query, std::min(divide_up(whole.numel(), 256), int64_t{1024}), 256, 0,
+         input<float>(whole), whole.size(0), whole.size(1), whole.size(2),
+         output<BFloat16>(terms));
+  return {terms, as_contiguous(tokens), 3};
+}
+
+void check_inputs(const Tensor& query, const Tensor& tokens, const std::optional<Tensor>& mask,
+                  int64_t k) {
+  check_dense(kName, "query", query);
+  check_dense(kName, "tokens", tokens, &query);
+  check_shape(kName, "query", query, {-1, -1, -1});
+  STD_TORCH_CHECK(tokens.dim() == 3 || (tokens.dim() == 2 && query.size(0) == 1), kName,
+                  ": expected tokens of shape (T, ", query.size(0), ", ", query.size(2),
+                  "), got ", shape_text(tokens));
+  if (tokens.dim() == 3) {
+    check_shape(kName, "tokens", tokens, {-1, query.size(0), query.size(2)});
+  } else {
+    check_shape(kName, "tokens", tokens, {-1, query.size(2)});
+  }
+  check_token_dtypes(kName, "query", query, "tokens", tokens);
+  STD_TORCH_CHECK(k >= 1, kName, ": expected k of at least 1, got ", k);
+  STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, kName, ": expected fewer than 2^31 tokens, got ",
+                  tokens.size(0));
+  if (!mask.has_value()) return;
+  check_dense(kName, "mask", *mask, &query);
+  check_shape(kName, "mask", *mask, {tokens.size(0)});
+  check_dtype(kName, "mask", *mask, ScalarType::Bool);
+}
+
+// Values, indices and numbers of candidates, as one chunk hands them to the next.
+struct Kept {
+  Kept(const Tensor& like, int64_t groups, int64_t rows, int64_t kept, ScalarType dtype)
+      : values(new_empty(like, {groups, rows, kept}, dtype)),
+        indices(new_empty(like, {groups, rows, kept}, ScalarType::Long)),
+        counts(new_empty(like, {groups, rows}, ScalarType::Int)) {}
+  Tensor values, indices, counts;
+};
+
+std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tensor& tokens_in,
+                                             int64_t k, const std::optional<Tensor>& mask_in,
+                                             std::optional<ScalarType> selection_dtype) {
+  check_inputs(query_in, tokens_in, mask_in, k);
+  const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
+  const ScalarType rounding = selection_dtype.value_or(dtype);
+  STD_TORCH_CHECK(rounding == dtype || rounding == ScalarType::Float ||
+                      rounding == ScalarType::BFloat16 || rounding == ScalarType::Half,
+                  kName, ": expected selection_dtype None, float32, bfloat16 or float16, got ",
+                  dtype_name(rounding));
+  const Launcher launch(tokens_in);
+  const int64_t groups = query_in.size(0), rows = query_in.size(1), width = query_in.size(2);
+  const int64_t num_tokens = tokens_in.size(0), kept = std::min(k, num_tokens);
+  Kept result(query_in, groups, rows, kept, dtype);
+  if (result.values.numel() == 0) return {result.values, result.indices};
+
+  const Tensor tokens_TGd = torch::stable::view(as_contiguous(tokens_in), {num_tokens, groups, width});
+  const Operands operands = operands_of(launch, query_in, tokens_TGd, rounding);
+  Tensor tokens_GdT = transpose(transpose(operands.tokens, 0, 1), 1, 2);
+  std::optional<Tensor> mask;
+  if (mask_in.has_value()) mask = as_contiguous(*mask_in);
+  const int64_t value_size = dtype == ScalarType::Double ? 8 : 4;
+  const SelectPlan plan = plan_select(groups * rows * operands.terms, num_tokens, value_size);
+  // Two lists take turns as long as a chunk follows.
+  Kept first(query_in, groups, plan.chunks > 1 ? rows : 0, kept, dtype);
+  Kept second(query_in, groups, plan.chunks > 2 ? rows : 0, kept, dtype);
+
+  const auto run = [&]<typename C>() {
+    struct Lists {
+      Array<C> values;
+      Array<int64_t> indices;
+      Array<int> counts;
+    };
+    const auto lists_of = [](Kept& kept_lists) {
+      return Lists{output<C>(kept_lists.values), output<int64_t>(kept_lists.indices),
+                   output<int>(kept_lists.counts)};
+    };
+    const Lists turns[2] = {lists_of(first), lists_of(second)}, final = lists_of(result);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const int64_t begin = chunk * plan.chunk_tokens;
+      const int64_t length = std::min(plan.chunk_tokens, num_tokens - begin);
+      const bool is_last = chunk + 1 == plan.chunks;
+      const Tensor logits =
+          batched_product(operands.query, narrow(tokens_GdT, 2, begin, length), dtype);
+      const Lists& carried = turns[(chunk + 1) % 2];
+      const Lists& target = is_last ? final : turns[chunk % 2];
+      const SelectChunk<C> args{input<C>(logits),
+                                mask ? input<bool>(*mask) : no_array<const bool>(),
+                                mask.has_value(),
+                                operands.terms,
+                                rows,
+                                begin,
+                                length,
+                                kept,
+                                chunk == 0,
+                                is_last,
+                                carried.values,
+                                carried.indices,
+                                carried.counts,
+                                target.values,
+                                target.indices,
+                                target.counts};
+      launch(&select_chunk<C>, groups * rows, kSelectThreads, plan.shared_bytes, args);
+    }
+  };
+  if (dtype == ScalarType::Double) {
+    run.template operator()<double>();
+  } else {
+    run.template operator()<float>();
+  }
+  return {result.values, result.indices};
+}
+
+}  // namespace
+}  // namespace ait::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ait, AIT_KERNEL_DEVICE, m) {
+  m.impl("bottleneck_select", TORCH_BOX(&ait::cuda::bottleneck_select));
+}

@@ -1,0 +1,36 @@
+// Sizes of the launches of bottleneck_select. Plain C++, so that it is tested without a GPU.
+#pragma once
+
+#include <cuda/device_limits.h>
+
+#include <algorithm>
+
+namespace ait::cuda {
+
+constexpr int kSelectWarps = 16;
+constexpr int kSelectThreads = 32 * kSelectWarps;
+constexpr int kSelectBins = 256;
+// Keys of a chunk in shared memory, and logits of a chunk, which should stay in the second-level
+// cache. Both depend on the shape alone: chunks decide the shapes of the library's products.
+constexpr int64_t kSelectKeyBytes = int64_t{1} << 16;
+constexpr int64_t kSelectLogitBytes = int64_t{1} << 26;
+
+struct SelectPlan {
+  int64_t chunk_tokens, chunks;
+  int64_t shared_bytes;
+};
+
+// `rows` of logits (all groups and terms of the query) of `value_size` bytes each.
+inline SelectPlan plan_select(int64_t rows, int64_t num_tokens, int64_t value_size) {
+  SelectPlan p{};
+  const int64_t by_keys = kSelectKeyBytes / value_size;
+  const int64_t by_logits = kSelectLogitBytes / value_size / std::max(rows, int64_t{1});
+  p.chunk_tokens = std::max(std::min(by_keys, by_logits) / 64 * 64, int64_t{64});
+  p.chunks = divide_up(num_tokens, p.chunk_tokens);
+  p.chunk_tokens = std::min(p.chunk_tokens, num_tokens);
+  p.shared_bytes = round_up(p.chunk_tokens * value_size, 16) + kSelectBins * 4 +
+                   2 * round_up(kSelectWarps * 4, 16) + 16;
+  return p;
+}
+
+}  // namespace ait::cuda
