@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ait.ops import reference
 from ait.ops._checks import check_tensors, check_tokens, no_double_backward, op_error
+from ait.ops._first_use import check_first_use
 from ait.ops._library import register_reference
 
 
@@ -47,6 +48,7 @@ def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[T
     check_tokens(name, query=query, tokens=tokens)
     if indices.device != tokens.device:
         raise op_error(name, f"indices on the device of tokens, {tokens.device}", indices.device)
+    check_first_use(tokens)
     return torch.ops.ait.bottleneck_attend(query, tokens, indices)
 
 

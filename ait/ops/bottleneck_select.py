@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ait.ops import reference
 from ait.ops._checks import check_mask, check_positive_int, check_tensors, check_tokens, op_error
+from ait.ops._first_use import check_first_use
 from ait.ops._library import register_reference
 
 
@@ -58,6 +59,7 @@ def bottleneck_select(
         check_mask(name, mask, tokens)
     if selection_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise op_error(name, "selection_dtype None, float32, bfloat16 or float16", selection_dtype)
+    check_first_use(tokens)
     return torch.ops.ait.bottleneck_select(query, tokens, k, mask, selection_dtype)
 
 

@@ -16,6 +16,7 @@ from ait.ops._checks import (
     no_double_backward,
     op_error,
 )
+from ait.ops._first_use import check_first_use
 from ait.ops._library import register_reference
 
 MAX_STEPS = 10_000
@@ -59,6 +60,7 @@ def hopfield_retrieve(
         raise op_error(name, f"steps of at most {MAX_STEPS}", steps)
     if not 0 <= tol < math.inf:
         raise op_error(name, "a finite tol >= 0", tol)
+    check_first_use(state)
     return torch.ops.ait.hopfield_retrieve(state, patterns, beta, steps, tol)
 
 

@@ -39,8 +39,9 @@ __device__ inline double value_of(unsigned long long key) {
 
 // ---- Query in three terms ----
 
-// terms (G, 3 R, d) in bfloat16, whose sum over the three blocks of rows is query (G, R, d) up to
-// float32's own rounding: products with bfloat16 tokens are then as accurate as float32's.
+// terms (G, 3 R, d) in bfloat16, whose sum over the three blocks of rows is query (G, R, d): each
+// takes the eight leading bits of what is left of float32's 24. Products with bfloat16 tokens are
+// then as accurate as float32's.
 __global__ void __launch_bounds__(256)
     select_split_query(Array<const float> query, int64_t groups, int64_t num_rows, int64_t width,
                        Array<BFloat16> terms) {
@@ -50,11 +51,12 @@ __global__ void __launch_bounds__(256)
     const int64_t group = i / (num_rows * width), within = i % (num_rows * width);
     float rest = query[i];
     for (int term = 0; term < 3; ++term) {
-      const BFloat16 rounded = to_storage<BFloat16>(rest);
-      terms[(group * 3 + term) * num_rows * width + within] = rounded;
-      const float taken = to_compute(rounded);
+      const bool is_nan = rest != rest;
+      const BFloat16 taken{
+          static_cast<uint16_t>(is_nan ? 0x7fc0u : __float_as_uint(rest) >> 16)};
+      terms[(group * 3 + term) * num_rows * width + within] = taken;
       // Of an infinity or NaN the first term holds all.
-      rest = isinf(taken) || taken != taken ? 0.0f : rest - taken;
+      rest = is_nan || isinf(rest) ? 0.0f : rest - to_compute(taken);
     }
   }
 }

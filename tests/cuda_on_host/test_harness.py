@@ -87,6 +87,22 @@ def assert_matches(text: str, pattern: str) -> None:
 
 # Operator: what is broken, file, what it says, what it should better not say, and what the harness says.
 SLIPS = {
+    "bottleneck_attend": {
+        "removed barrier": (
+            "bottleneck_attend_kernel.h",
+            "row, part, listed);\n  __syncthreads();\n  part_dots",
+            "row, part, listed);\n  part_dots",
+            "conflict|uninitialised",
+        ),
+    },
+    "bottleneck_select": {
+        "removed barrier": (
+            "bottleneck_select_kernel.h",
+            "histogram[bin] = 0;\n    __syncthreads();",
+            "histogram[bin] = 0;",
+            "conflict|uninitialised",
+        ),
+    },
     "hopfield_retrieve": {
         "removed barrier": (
             "hopfield_retrieve_kernel.h",
@@ -109,6 +125,10 @@ SLIPS = {
     },
 }
 CALLS = {
+    "bottleneck_attend": (
+        "ait.ops.bottleneck_attend(torch.randn(2, 8), torch.randn(40, 8), torch.arange(0, 40, 2).repeat(2, 1))"
+    ),
+    "bottleneck_select": "ait.ops.bottleneck_select(torch.randn(1, 3, 4), torch.randn(900, 4), 20)",
     "hopfield_retrieve": "ait.ops.hopfield_retrieve(torch.randn(40, 24), torch.randn(5, 24))",
 }
 

@@ -1,0 +1,97 @@
+// Checks of the launches' sizes, on devices and shapes that no test could run.
+#include <cuda/bottleneck_attend_shape.h>
+#include <cuda/bottleneck_select_shape.h>
+#include <cuda/hopfield_retrieve_shape.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+
+using namespace ait::cuda;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* text, int line) {
+  if (condition) return;
+  std::printf("shapes.cpp:%d: %s\n", line, text);
+  ++failures;
+}
+#define EXPECT(condition) expect(condition, #condition, __LINE__)
+
+// sm_80, sm_90 and sm_100, sm_120.
+const DeviceLimits kDevices[] = {{163 * 1024, 108}, {227 * 1024, 132}, {99 * 1024, 188}};
+constexpr int64_t kMaxBlocks = INT32_MAX;
+
+void check_hopfield(const HopfieldShape& s, const DeviceLimits& device) {
+  for (const int64_t tile_arrays : {1, 3}) {
+    const HopfieldPlan p = plan_hopfield(s, tile_arrays, 1, device);
+    EXPECT(p.shared_bytes > 0 && p.shared_bytes <= device.shared_bytes);
+    EXPECT(p.pattern_rows >= s.num_patterns && p.pattern_rows % 4 == 0);
+    EXPECT(p.pattern_stride >= s.width && p.pattern_stride % 32 == 4);
+    EXPECT(p.tiles * kHopfieldTokens >= s.num_tokens);
+    EXPECT(p.chunks * p.tiles_per_chunk >= p.tiles && p.chunks <= kHopfieldMaxChunks);
+    EXPECT(s.num_tokens == 0 || (p.blocks >= 1 && p.blocks <= p.chunks));
+    EXPECT(p.segment * p.segments >= s.steps - 1 && p.segment >= 1);
+    EXPECT(p.segment + p.segments <= 2 * 101 + kHopfieldHeldSteps);
+    const HopfieldPlan other = plan_hopfield(s, tile_arrays, 1, kDevices[0]);
+    EXPECT(other.chunks == p.chunks);  // it decides the order of sums
+  }
+  const HopfieldGradPlan g = plan_hopfield_grad_patterns(s);
+  EXPECT(g.chunks * g.chunk_tokens >= s.num_tokens && g.chunks <= 64);
+  EXPECT(g.column_blocks * kHopfieldColumns >= s.width);
+  EXPECT(g.pattern_blocks * 4 * kHopfieldWarps >= s.num_patterns);
+  EXPECT(g.chunks * g.column_blocks * g.pattern_blocks <= kMaxBlocks);
+}
+
+void check_attend(int64_t rows, int64_t entries, int64_t tokens, int64_t width,
+                  const DeviceLimits& device) {
+  const AttendPlan p = plan_attend(rows, entries, tokens, width, device);
+  EXPECT(p.parts * kAttendPart >= entries);
+  EXPECT(rows * p.parts <= kMaxBlocks);
+  EXPECT(p.token_tiles * kAttendTokens >= tokens);
+  EXPECT(p.token_blocks <= p.token_tiles && p.token_blocks <= kMaxBlocks);
+  EXPECT(p.shared_bytes <= 48 * 1024 && (p.shared_bytes > 0 || !p.rows_in_shared || rows == 0));
+}
+
+void check_select(int64_t rows, int64_t tokens, int64_t value_size) {
+  const SelectPlan p = plan_select(rows, tokens, value_size);
+  EXPECT(p.chunks * p.chunk_tokens >= tokens);
+  EXPECT(tokens == 0 || (p.chunks - 1) * p.chunk_tokens < tokens);
+  for (const DeviceLimits& device : kDevices) EXPECT(p.shared_bytes <= device.shared_bytes);
+  EXPECT(rows * p.chunk_tokens * value_size <= kSelectLogitBytes || p.chunk_tokens <= 64);
+}
+
+}  // namespace
+
+int main() {
+  for (const DeviceLimits& device : kDevices) {
+    for (const int64_t tokens : {int64_t{0}, int64_t{1}, int64_t{33}, int64_t{32768},
+                                 int64_t{5'000'000}, int64_t{INT32_MAX}}) {
+      for (const int64_t width : {0, 1, 768, 4096}) {  // T E beyond 2^31, and beyond 2^42
+        for (const int64_t patterns : {1, 32, 33, 2048}) {
+          for (const int64_t steps : {1, 2, 65, 66, 10'000}) {
+            check_hopfield({tokens, patterns, width, steps, 4}, device);
+            check_hopfield({tokens, patterns, width, steps, 8}, device);
+          }
+        }
+        check_attend(256, 512, tokens, width, device);
+        check_attend(100'000, 1, tokens, width, device);
+        check_attend(0, 0, tokens, width, device);
+      }
+      for (const int64_t rows : {1, 256, 768, 1'000'000}) {
+        check_select(rows, tokens, 4);
+        check_select(rows, tokens, 8);
+      }
+    }
+  }
+  // The default shape: everything in shared memory on an A100 and later, two chunks of selection.
+  const HopfieldShape usual{32768, 32, 768, 1, 4};
+  EXPECT(plan_hopfield(usual, 1, 1, kDevices[0]).in_shared);
+  EXPECT(plan_hopfield({32768, 32, 768, 5, 4}, 3, 1, kDevices[0]).in_shared);
+  EXPECT(!plan_hopfield({32768, 4096, 768, 1, 4}, 1, 1, kDevices[1]).in_shared);
+  EXPECT(plan_select(3 * 256, 32768, 4).chunks == 2);
+  EXPECT(plan_attend(256, 512, 32768, 768, kDevices[0]).rows_in_shared);
+  return failures != 0;
+}
