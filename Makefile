@@ -16,10 +16,10 @@ CLANG_FORMAT := -c 'import clang_format; clang_format.clang_format()'
 CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint format bench docs dist clean
+.PHONY: help env build demo test lint format bench gpu-check docs dist clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 	@echo
 	@echo '  PYTHON=/path/to/python uses an environment that already has torch; BASE_PYTHON makes the new one.'
 
@@ -57,6 +57,9 @@ format: $(STATE)  ## format the sources in place
 
 bench: build  ## the operators against plain PyTorch
 	$(PYTHON) experiments/bench/operators.py
+
+gpu-check: build  ## build, test and measure the CUDA kernels on this machine's GPU; writes gpu_check.json
+	$(PYTHON) experiments/bench/gpu_check.py
 
 docs: $(STATE)  ## the documentation, as a site in site/
 	$(PYTHON) -m mkdocs build --strict

@@ -1,5 +1,5 @@
-"""Builds the kernel libraries ``ait/libait_cpu.so`` and, where a CUDA toolkit is, ``ait/libait_cuda.so``, and the module
-``ait._C``; metadata is in pyproject.toml.
+"""Builds the kernel libraries ``ait/libait_cpu.so`` and, where a CUDA toolkit is, ``ait/libait_cuda.so``, and the
+module ``ait._C``; metadata is in pyproject.toml.
 
 Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
@@ -65,7 +65,7 @@ def build_capabilities() -> list[str]:
 
 @functools.cache
 def cuda_toolkit() -> setup_cuda.Toolkit | str:
-    """The toolkit that CUDA kernels are built with, or why there are none; an error where ``AIT_CUDA=1`` asks for them."""
+    """The toolkit of the CUDA kernels, or why there are none; an error where ``AIT_CUDA=1`` asks for them."""
     asked = setup_cuda.asks_for_cuda()
     if asked is False:
         return "AIT_CUDA=0"
@@ -99,7 +99,6 @@ def write_build_info(package_dir: Path) -> None:
     toolkit = cuda_toolkit()
     info["cuda"] = cuda_status()
     info["cuda_version"] = None if isinstance(toolkit, str) else toolkit.version
-    info["cuda_architectures"] = [] if isinstance(toolkit, str) else setup_cuda.architectures()
     header = '"""Written by setup.py when the package was built."""\n\nfrom typing import Any\n\n'
     lines = [f"    {key!r}: {value!r},\n" for key, value in info.items()]
     text = header + "BUILD_INFO: dict[str, Any] = {\n" + "".join(lines) + "}\n"

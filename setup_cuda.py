@@ -1,7 +1,7 @@
 """What ``setup.py`` needs to know about CUDA: toolkit, architectures, and a compile step that refuses spills.
 
-As a program, ``setup_cuda.py RECORD NVCC ARGUMENTS...`` compiles one file, writes the registers and the shared memory of
-its kernels to RECORD (JSON), and fails where ptxas spills registers.
+As a program, ``setup_cuda.py RECORD NVCC ARGUMENTS...`` compiles one file, writes the registers and the shared memory
+of its kernels to RECORD (JSON), and fails where ptxas spills registers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_toolkit() -> Toolkit | str:
         nvccs.append(Path(on_path))
     if not nvccs:
         return "no CUDA toolkit found: no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"
-    # A root is believed only if it holds what a toolkit holds: an nvcc on the PATH may be a wrapper that stands elsewhere.
+    # A root is believed only if it holds what a toolkit holds: an nvcc on the PATH may be a wrapper from elsewhere.
     complete = [root for root in roots if (root / "include" / "cuda_runtime.h").exists() and _runtime_library(root)]
     if not complete:
         return f"no CUDA toolkit found: none of {', '.join(map(str, roots))} has cuda_runtime.h and libcudart"

@@ -36,7 +36,8 @@ void check_lists(const Tensor& indices, int64_t num_tokens) {
     bool has_ended = false, is_right = true;
     for (int64_t j = 0; j < entries; ++j) {
       const int64_t index = data[row * entries + j];
-      is_right = is_right && (index == -1 || (!has_ended && index > previous && index < num_tokens));
+      is_right =
+          is_right && (index == -1 || (!has_ended && index > previous && index < num_tokens));
       has_ended = has_ended || index == -1;
       previous = index;
     }
@@ -74,19 +75,19 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
 
   dispatch(tokens.scalar_type(), [&]<typename S>() {
     using C = ComputeOf<S>;
-    const AttendForward<S> args{plan,
-                                input<C>(query),
-                                input<S>(tokens),
-                                input<int64_t>(indices),
-                                has_aligned_rows(query, plan.width) &&
-                                    has_aligned_rows(part_pooled, plan.width),
-                                has_aligned_rows(tokens, plan.width),
-                                output<C>(part_max),
-                                output<C>(part_sum),
-                                output<C>(part_pooled),
-                                output<C>(pooled),
-                                output<C>(gates),
-                                output<C>(lse)};
+    const AttendForward<S> args{
+        plan,
+        input<C>(query),
+        input<S>(tokens),
+        input<int64_t>(indices),
+        has_aligned_rows(query, plan.width) && has_aligned_rows(part_pooled, plan.width),
+        has_aligned_rows(tokens, plan.width),
+        output<C>(part_max),
+        output<C>(part_sum),
+        output<C>(part_pooled),
+        output<C>(pooled),
+        output<C>(gates),
+        output<C>(lse)};
     launch(&attend_parts<S>, plan.num_rows * plan.parts, kAttendThreads, kPartBytes<C>, args);
     launch(&attend_combine<S>, plan.num_rows, kAttendThreads, 0, args);
   });
@@ -147,29 +148,29 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
 
   dispatch(tokens.scalar_type(), [&]<typename S>() {
     using C = ComputeOf<S>;
-    const AttendBackward<S> args{plan,
-                                 input<C>(query),
-                                 input<C>(pooled),
-                                 input<S>(tokens),
-                                 input<int64_t>(indices),
-                                 input<C>(gates),
-                                 input_or_none<C>(grad_pooled),
-                                 input_or_none<C>(grad_gates),
-                                 input_or_none<C>(grad_lse),
-                                 grad_pooled.has_value(),
-                                 grad_gates.has_value(),
-                                 grad_lse.has_value(),
-                                 query_aligned,
-                                 has_aligned_rows(tokens, width) &&
-                                     has_aligned_rows(grad_tokens, width),
-                                 output<C>(offsets),
-                                 output<int>(takes_part),
-                                 output<C>(grad_logits),
-                                 output<C>(part_query),
-                                 output<C>(grad_query),
-                                 output<S>(grad_tokens),
-                                 output<unsigned>(masks),
-                                 output<int64_t>(starts)};
+    const AttendBackward<S> args{
+        plan,
+        input<C>(query),
+        input<C>(pooled),
+        input<S>(tokens),
+        input<int64_t>(indices),
+        input<C>(gates),
+        input_or_none<C>(grad_pooled),
+        input_or_none<C>(grad_gates),
+        input_or_none<C>(grad_lse),
+        grad_pooled.has_value(),
+        grad_gates.has_value(),
+        grad_lse.has_value(),
+        query_aligned,
+        has_aligned_rows(tokens, width) && has_aligned_rows(grad_tokens, width),
+        output<C>(offsets),
+        output<int>(takes_part),
+        output<C>(grad_logits),
+        output<C>(part_query),
+        output<C>(grad_query),
+        output<S>(grad_tokens),
+        output<unsigned>(masks),
+        output<int64_t>(starts)};
     launch(&attend_offsets<S>, rows, kWarpSize, 0, args);
     launch(&attend_backward_parts<S>, rows * plan.parts, kAttendThreads, kPartBytes<C>, args);
     launch(&attend_backward_combine<S>, rows, kAttendThreads, 0, args);

@@ -185,13 +185,13 @@ template <typename S>
 struct AttendBackward {
   using C = ComputeOf<S>;
   AttendPlan plan;
-  Array<const C> query, pooled;       // (R, E)
-  Array<const S> tokens;              // (T, E)
-  Array<const int64_t> indices;       // (R, k)
-  Array<const C> gates;               // (R, k)
-  Array<const C> grad_pooled;         // (R, E)
-  Array<const C> grad_gates;          // (R, k)
-  Array<const C> grad_lse;            // (R)
+  Array<const C> query, pooled;                        // (R, E)
+  Array<const S> tokens;                               // (T, E)
+  Array<const int64_t> indices;                        // (R, k)
+  Array<const C> gates;                                // (R, k)
+  Array<const C> grad_pooled;                          // (R, E)
+  Array<const C> grad_gates;                           // (R, k)
+  Array<const C> grad_lse;                             // (R)
   bool has_grad_pooled, has_grad_gates, has_grad_lse;  // what is absent counts as zero
   bool query_aligned, aligned;
   Array<C> offsets;       // (R): grad_lse - sum of gates * u

@@ -19,7 +19,7 @@ struct AttendPlan {
   int64_t num_rows, num_entries, num_tokens, width;
   int64_t parts;  // of a row
   int64_t token_tiles, token_blocks;
-  bool rows_in_shared;     // what a tile of tokens needs to know of each row; else in global memory
+  bool rows_in_shared;  // what a tile of tokens needs to know of each row; else in global memory
   int64_t shared_bytes;
 };
 

@@ -39,11 +39,10 @@ Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& 
     return {as_contiguous(query), as_contiguous(tokens), 1};
   }
   const Tensor whole = contiguous_as(query, ScalarType::Float);
-  Tensor terms = new_empty(whole, {whole.size(0), 3 * whole.size(1), whole.size(2)},
-                           ScalarType::BFloat16);
+  Tensor terms =
+      new_empty(whole, {whole.size(0), 3 * whole.size(1), whole.size(2)}, ScalarType::BFloat16);
   launch(&select_split_query, std::min(divide_up(whole.numel(), 256), int64_t{1024}), 256, 0,
-         input<float>(whole), whole.size(0), whole.size(1), whole.size(2),
-         output<BFloat16>(terms));
+         input<float>(whole), whole.size(0), whole.size(1), whole.size(2), output<BFloat16>(terms));
   return {terms, as_contiguous(tokens), 3};
 }
 
@@ -53,8 +52,8 @@ void check_inputs(const Tensor& query, const Tensor& tokens, const std::optional
   check_dense(kName, "tokens", tokens, &query);
   check_shape(kName, "query", query, {-1, -1, -1});
   STD_TORCH_CHECK(tokens.dim() == 3 || (tokens.dim() == 2 && query.size(0) == 1), kName,
-                  ": expected tokens of shape (T, ", query.size(0), ", ", query.size(2),
-                  "), got ", shape_text(tokens));
+                  ": expected tokens of shape (T, ", query.size(0), ", ", query.size(2), "), got ",
+                  shape_text(tokens));
   if (tokens.dim() == 3) {
     check_shape(kName, "tokens", tokens, {-1, query.size(0), query.size(2)});
   } else {
@@ -95,7 +94,8 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
   Kept result(query_in, groups, rows, kept, dtype);
   if (result.values.numel() == 0) return {result.values, result.indices};
 
-  const Tensor tokens_TGd = torch::stable::view(as_contiguous(tokens_in), {num_tokens, groups, width});
+  const Tensor tokens_TGd =
+      torch::stable::view(as_contiguous(tokens_in), {num_tokens, groups, width});
   const Operands operands = operands_of(launch, query_in, tokens_TGd, rounding);
   Tensor tokens_GdT = transpose(transpose(operands.tokens, 0, 1), 1, 2);
   std::optional<Tensor> mask;

@@ -9,7 +9,8 @@
 
 namespace ait::cuda {
 
-// ---- Keys: unsigned integers in the order of the values; NaN above all, -0 as +0, 0 for no value ----
+// ---- Keys: unsigned integers in the order of the values; NaN above all, -0 as +0, 0 for no value
+// ----
 
 template <typename C>
 using KeyOf = std::conditional_t<std::is_same_v<C, double>, unsigned long long, unsigned>;
@@ -52,8 +53,7 @@ __global__ void __launch_bounds__(256)
     float rest = query[i];
     for (int term = 0; term < 3; ++term) {
       const bool is_nan = rest != rest;
-      const BFloat16 taken{
-          static_cast<uint16_t>(is_nan ? 0x7fc0u : __float_as_uint(rest) >> 16)};
+      const BFloat16 taken{static_cast<uint16_t>(is_nan ? 0x7fc0u : __float_as_uint(rest) >> 16)};
       terms[(group * 3 + term) * num_rows * width + within] = taken;
       // Of an infinity or NaN the first term holds all.
       rest = is_nan || isinf(rest) ? 0.0f : rest - to_compute(taken);
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(256)
 
 template <typename C>
 struct SelectChunk {
-  Array<const C> logits;       // (G, terms * R, chunk)
-  Array<const bool> mask;      // (T), true = ignore
+  Array<const C> logits;   // (G, terms * R, chunk)
+  Array<const bool> mask;  // (T), true = ignore
   bool has_mask;
   int terms;                   // 1, or 3 whose sum is the logit
   int64_t num_rows;            // R
@@ -207,8 +207,7 @@ __device__ inline void gather(const SelectChunk<C>& a, const Candidates<C>& cand
     const int above_before = above + __popc(above_lanes & lanes_before);
     const int equal_before = equal + __popc(equal_lanes & lanes_before);
     if (key > threshold || (key == threshold && equal_before < need)) {
-      const int64_t at =
-          row * a.kept + above_before + (equal_before < need ? equal_before : need);
+      const int64_t at = row * a.kept + above_before + (equal_before < need ? equal_before : need);
       int64_t token = a.first_token + i - candidates.carried;
       if (i < candidates.carried) token = a.carried_indices[row * a.kept + i];
       a.values[at] = value_of(key);

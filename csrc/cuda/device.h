@@ -53,7 +53,8 @@ class Array {
   T* data_;
 };
 
-// Hands out the block's dynamic shared memory: every thread takes the same arrays in the same order.
+// Hands out the block's dynamic shared memory: every thread takes the same arrays in the same
+// order.
 class SharedMemory {
  public:
   template <typename T>

@@ -6,7 +6,7 @@
 namespace ait::cuda {
 
 struct DeviceLimits {
-  int64_t shared_bytes;     // dynamic shared memory that one block can ask for
+  int64_t shared_bytes;  // dynamic shared memory that one block can ask for
   int64_t multiprocessors;
 };
 

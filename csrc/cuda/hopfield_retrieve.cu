@@ -86,8 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
   Tensor steps_taken = new_empty(state, {shape.num_tokens}, ScalarType::Long);
   Tensor lse = new_empty(state, {shape.num_tokens}, dtype);
   const HopfieldPlan plan = plan_hopfield(shape, steps > 1 ? 3 : 1, 1, launch.limits());
-  const bool aligned =
-      has_aligned_rows(state, shape.width) && has_aligned_rows(out, shape.width);
+  const bool aligned = has_aligned_rows(state, shape.width) && has_aligned_rows(out, shape.width);
 
   dispatch(state.scalar_type(), [&]<typename S>() {
     using C = ComputeOf<S>;
@@ -174,17 +173,10 @@ std::tuple<Tensor, Tensor> hopfield_retrieve_backward(const Tensor& grad_out_in,
                                    output<S>(grad_state)};
     launch(plan.in_shared ? &hopfield_backward<S, true> : &hopfield_backward<S, false>, plan.blocks,
            kHopfieldThreads, plan.shared_bytes, args);
-    const HopfieldGradPatterns<S> grad_args{grad_plan,
-                                            args.grad_out,
-                                            args.state,
-                                            args.last_weights,
-                                            args.grad_logits,
-                                            shape.num_tokens,
-                                            shape.num_patterns,
-                                            shape.width,
-                                            plan.tile_stride,
-                                            aligned,
-                                            output<C>(partial)};
+    const HopfieldGradPatterns<S> grad_args{
+        grad_plan,        args.grad_out,    args.state,         args.last_weights,
+        args.grad_logits, shape.num_tokens, shape.num_patterns, shape.width,
+        plan.tile_stride, aligned,          output<C>(partial)};
     launch(&hopfield_grad_patterns<S>,
            grad_plan.chunks * grad_plan.column_blocks * grad_plan.pattern_blocks, kHopfieldThreads,
            0, grad_args);

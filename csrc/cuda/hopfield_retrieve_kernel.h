@@ -54,11 +54,11 @@ struct HopfieldForward {
   C beta;
   int64_t steps;
   C tol;
-  bool aligned;               // rows of state and out can be loaded four elements at a time
-  Array<C> tiles;             // (blocks, tile_values), where tiles do not lie in shared memory
-  Array<S> out;               // (T, E)
-  Array<int64_t> steps_taken; // (T)
-  Array<C> lse;               // (T)
+  bool aligned;                // rows of state and out can be loaded four elements at a time
+  Array<C> tiles;              // (blocks, tile_values), where tiles do not lie in shared memory
+  Array<S> out;                // (T, E)
+  Array<int64_t> steps_taken;  // (T)
+  Array<C> lse;                // (T)
 };
 
 // Squared distance of a token from what its weights retrieve. By one warp.
@@ -88,8 +88,7 @@ __device__ inline int64_t take_further_steps(const HopfieldForward<S>& a,
                                              int64_t token) {
   const int lane = int(threadIdx.x) % kWarpSize;
   // The input need not lie among the patterns: its distance is measured in E dimensions.
-  if (a.tol > 0 &&
-      sqrt(squared_distance(tile, weights, a.state + token * tile.width)) < a.tol) {
+  if (a.tol > 0 && sqrt(squared_distance(tile, weights, a.state + token * tile.width)) < a.tol) {
     return 1;
   }
   for (int64_t step = 2; step <= a.steps; ++step) {
@@ -152,8 +151,8 @@ template <typename S>
 struct HopfieldBackward {
   using C = ComputeOf<S>;
   HopfieldPlan plan;
-  Array<const S> grad_out, state;     // (T, E)
-  Array<const int64_t> steps_taken;   // (T)
+  Array<const S> grad_out, state;    // (T, E)
+  Array<const int64_t> steps_taken;  // (T)
   Array<C> patterns, gram;
   int64_t num_tokens, num_patterns, width;
   C beta;
@@ -245,8 +244,7 @@ __device__ inline void backward_steps(const HopfieldBackward<S>& a, const Hopfie
         const int64_t at = t * tile.tile_stride;
         const bool takes_part = step <= clamp_steps(a.steps_taken[first + t], a.steps);
         if (takes_part) {
-          softmax_backward(tile, history.step(step - begin, at), grads + at, a.beta,
-                           products + at);
+          softmax_backward(tile, history.step(step - begin, at), grads + at, a.beta, products + at);
           multiply_gram(tile, products + at, grads + at);
         } else {
           for (int64_t m = int(threadIdx.x) % kWarpSize; m < tile.tile_stride; m += kWarpSize) {
@@ -346,8 +344,8 @@ template <typename S>
 struct HopfieldGradPatterns {
   using C = ComputeOf<S>;
   HopfieldGradPlan plan;
-  Array<const S> grad_out, state;             // (T, E)
-  Array<const C> last_weights, grad_logits;   // (T, tile_stride)
+  Array<const S> grad_out, state;            // (T, E)
+  Array<const C> last_weights, grad_logits;  // (T, tile_stride)
   int64_t num_tokens, num_patterns, width, tile_stride;
   bool aligned;
   Array<C> partial;  // (chunks, M, E)

@@ -34,12 +34,12 @@ struct HopfieldShape {
 struct HopfieldPlan {
   int64_t pattern_rows, pattern_stride, tile_stride;
   int64_t tiles, chunks, tiles_per_chunk, blocks;
-  bool in_shared;         // patterns, Gram matrix and tiles; else they lie in global memory
+  bool in_shared;  // patterns, Gram matrix and tiles; else they lie in global memory
   int64_t shared_bytes;
-  int64_t tile_values;    // of a block, where tiles lie in global memory
-  int64_t segment;        // steps that the backward holds at once
+  int64_t tile_values;  // of a block, where tiles lie in global memory
+  int64_t segment;      // steps that the backward holds at once
   int64_t segments;
-  int64_t history_values; // of a block: weights of the steps of a segment, and checkpoints
+  int64_t history_values;  // of a block: weights of the steps of a segment, and checkpoints
 };
 
 // `num_tile_arrays` arrays of (tokens, M) a block, `num_grams` of (M, M).
@@ -69,9 +69,9 @@ inline HopfieldPlan plan_hopfield(const HopfieldShape& s, int64_t num_tile_array
   p.blocks = std::min(p.chunks, limits.multiprocessors * std::min(resident, int64_t{4}));
 
   const int64_t further = s.steps - 1;
-  p.segment = std::max(further <= kHopfieldHeldSteps ? further
-                                                     : int64_t(std::sqrt(double(further))) + 1,
-                       int64_t{1});
+  p.segment =
+      std::max(further <= kHopfieldHeldSteps ? further : int64_t(std::sqrt(double(further))) + 1,
+               int64_t{1});
   p.segments = std::max(divide_up(further, p.segment), int64_t{1});
   p.history_values = (p.segment + 1 + p.segments) * kHopfieldTokens * p.tile_stride;
   return p;
@@ -86,8 +86,7 @@ struct HopfieldGradPlan {
 inline HopfieldGradPlan plan_hopfield_grad_patterns(const HopfieldShape& s) {
   HopfieldGradPlan p{};
   const int64_t bytes = std::max(s.num_patterns * s.width * s.value_size, int64_t{1});
-  const int64_t fitting =
-      std::clamp(kHopfieldMaxPartialBytes / bytes, int64_t{1}, int64_t{64});
+  const int64_t fitting = std::clamp(kHopfieldMaxPartialBytes / bytes, int64_t{1}, int64_t{64});
   p.chunk_tokens = std::max(divide_up(s.num_tokens, fitting), int64_t{256});
   p.chunks = divide_up(s.num_tokens, p.chunk_tokens);
   p.column_blocks = divide_up(s.width, kHopfieldColumns);

@@ -40,7 +40,8 @@ __device__ inline void multiply_transposed(const HopfieldTile<C>& tile,
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int t = token_lane + 8 * i;
-          if (t < count) x[i] = load4(source, (first + t) * tile.width + e, tile.width - e, aligned);
+          if (t < count)
+            x[i] = load4(source, (first + t) * tile.width + e, tile.width - e, aligned);
         }
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -183,13 +184,12 @@ __device__ inline C dot(const HopfieldTile<C>& tile, const Array<C>& a, const Ar
 template <bool kInShared, typename C>
 __device__ inline HopfieldTile<C> load_patterns(SharedMemory& shared, const HopfieldPlan& plan,
                                                 const Array<C>& patterns, const Array<C>& gram,
-                                                int64_t num_patterns, int64_t width, bool has_gram) {
-  HopfieldTile<C> tile{patterns,          gram,
-                       {},                num_patterns,
-                       plan.pattern_rows, plan.pattern_stride,
-                       plan.tile_stride,  width};
-  tile.partial =
-      shared.take<C>(kHopfieldWarps * kHopfieldTokens * int64_t{kHopfieldPartialStride});
+                                                int64_t num_patterns, int64_t width,
+                                                bool has_gram) {
+  HopfieldTile<C> tile{
+      patterns,         gram, {}, num_patterns, plan.pattern_rows, plan.pattern_stride,
+      plan.tile_stride, width};
+  tile.partial = shared.take<C>(kHopfieldWarps * kHopfieldTokens * int64_t{kHopfieldPartialStride});
   if constexpr (kInShared) {
     tile.patterns = shared.take<C>(plan.pattern_rows * plan.pattern_stride);
     for (int64_t i = int64_t(threadIdx.x) * 4; i < plan.pattern_rows * plan.pattern_stride;

@@ -20,13 +20,13 @@ namespace ait::cuda {
 // A dense tensor in the memory of a CUDA device, of that of `beside` where it is given.
 inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
                         const Tensor* beside = nullptr) {
-  STD_TORCH_CHECK(tensor.defined() && tensor.is_cuda() &&
-                      tensor.layout() == torch::headeronly::Layout::Strided,
-                  name, ": expected ", argument, " to be a dense CUDA tensor");
+  STD_TORCH_CHECK(
+      tensor.defined() && tensor.is_cuda() && tensor.layout() == torch::headeronly::Layout::Strided,
+      name, ": expected ", argument, " to be a dense CUDA tensor");
   STD_TORCH_CHECK(beside == nullptr || tensor.get_device_index() == beside->get_device_index(),
-                  name, ": expected ", argument, " on device cuda:",
-                  beside == nullptr ? 0 : int(beside->get_device_index()), ", got cuda:",
-                  int(tensor.get_device_index()));
+                  name, ": expected ", argument,
+                  " on device cuda:", beside == nullptr ? 0 : int(beside->get_device_index()),
+                  ", got cuda:", int(tensor.get_device_index()));
 }
 
 // The values of a tensor cannot be looked at without waiting for the device; kernels take care
@@ -68,7 +68,8 @@ inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype
 class Launcher {
  public:
   explicit Launcher(const Tensor& tensor)
-      : device_(tensor.get_device_index()), guard_(torch::stable::accelerator::DeviceIndex(device_)) {
+      : device_(tensor.get_device_index()),
+        guard_(torch::stable::accelerator::DeviceIndex(device_)) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);

@@ -1,4 +1,4 @@
-"""Builds the CUDA operators for the host: the sources of ``csrc/cuda`` with the C++ compiler and this folder's headers."""
+"""Builds the CUDA operators for the host: ``csrc/cuda`` with the C++ compiler and this folder's headers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD_DIR = ROOT / "build" / "cuda_on_host"
-# Contraction off, as in the CPU kernels; comments of CUDA's pragmas are not the C++ compiler's.
-FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+# Contraction off, as in the CPU kernels; CUDA's pragmas are unknown to the C++ compiler.
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
 
@@ -52,7 +53,7 @@ def _compile(source: Path, csrc: Path) -> Path:
 
 
 def build(sources: list[Path], csrc: Path = ROOT / "csrc") -> Path:
-    """A library of these sources and the harness; ``torch.ops.load_library`` puts its operators in place of the CPU's."""
+    """A library of these sources and the harness; loading it puts its operators in place of the CPU's."""
     with ThreadPoolExecutor(2) as pool:
         everything = [*sources, HERE / "runtime.cpp", HERE / "settings.cpp"]
         objects = list(pool.map(lambda source: _compile(source, csrc), everything))

@@ -27,13 +27,15 @@ class Random {
   uint64_t state_;
 };
 
-// ---- Switching of stacks --------------------------------------------------------------------------
+// ---- Switching of stacks
+// --------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 
 using Context = void*;
 
-// Saves the registers that a callee must keep, and the stack pointer, and goes on with another stack.
+// Saves the registers that a callee must keep, and the stack pointer, and goes on with another
+// stack.
 asm(R"(
 .text
 .local cuda_on_host_switch
@@ -84,7 +86,8 @@ void make_context(Context* context, char* stack, void (*entry)()) {
 
 #endif
 
-// ---- State ----------------------------------------------------------------------------------------
+// ---- State
+// ----------------------------------------------------------------------------------------
 
 enum class State { ready, at_barrier, at_warp_operation, ended };
 
@@ -260,9 +263,9 @@ void Shadow::touch_slowly(Cell& cell, int64_t index, Access access) {
   const auto self = int16_t(block.current);
   const auto warp = int16_t(self / 32);
   const auto conflict = [&](const char* what) {
-    fail("conflict: " + where(block.current) + " " +
-         (access == Access::read ? "reads" : "writes") + " element " + std::to_string(index) +
-         " of an array, which " + what + " with no barrier between");
+    fail("conflict: " + where(block.current) + " " + (access == Access::read ? "reads" : "writes") +
+         " element " + std::to_string(index) + " of an array, which " + what +
+         " with no barrier between");
   };
   // Within the current block and epoch, __syncwarp orders what the threads of a warp do.
   const auto is_ordered = [&](int16_t other, int32_t other_warp_epoch) {

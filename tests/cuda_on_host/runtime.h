@@ -41,7 +41,8 @@ struct Settings {
 };
 Settings& settings();
 
-// ---- Memory ---------------------------------------------------------------------------------------
+// ---- Memory
+// ---------------------------------------------------------------------------------------
 
 enum class Access { read, write, atomic };
 
@@ -89,7 +90,8 @@ struct SharedPiece {
 };
 SharedPiece take_shared(int64_t offset, int64_t count, int64_t element_size);
 
-// ---- Threads --------------------------------------------------------------------------------------
+// ---- Threads
+// --------------------------------------------------------------------------------------
 
 void sync_threads(const Site& site);
 
@@ -102,6 +104,7 @@ void sync_warp(unsigned mask, const Site& site);
 int lane();
 
 // Runs the kernel with every thread of every block; throws what a thread did wrong.
-void run_grid(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+void run_grid(int64_t blocks, int threads, int64_t shared_bytes,
+              const std::function<void()>& kernel);
 
 }  // namespace cuda_on_host

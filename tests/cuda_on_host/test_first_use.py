@@ -46,11 +46,14 @@ def test_a_wrong_kernel_is_reported_and_replaced(
     broken_library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = broken_library(
-        "hopfield_retrieve", {"hopfield_retrieve_tile.h": ("row[m] = weight * scale;", "row[m] = weight * scale * C(1.01);")}
+        "hopfield_retrieve",
+        {"hopfield_retrieve_tile.h": ("row[m] = weight * scale;", "row[m] = weight * scale * C(1.01);")},
     )
     result = run_python(library, "-c", COMPARE.format(load=LOAD))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("wrong: ['hopfield_retrieve'] ['ait: on cpu the kernels of hopfield_retrieve disagree")
+    assert result.stdout.startswith(
+        "wrong: ['hopfield_retrieve'] ['ait: on cpu the kernels of hopfield_retrieve disagree"
+    )
     monkeypatch.setenv("AIT_REQUIRE_KERNELS", "1")
     result = run_python(library, "-c", COMPARE.format(load=LOAD))
     assert result.returncode != 0 and "AIT_REQUIRE_KERNELS=1 makes this an error" in result.stderr

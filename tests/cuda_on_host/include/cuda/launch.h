@@ -26,7 +26,8 @@ Array<const T> input(const Tensor& tensor) {
 template <typename T>
 Array<T> output(Tensor& tensor) {
   T* data = static_cast<T*>(tensor.mutable_data_ptr());
-  if (data != nullptr) std::memset(static_cast<void*>(data), 0xff, size_t(tensor.numel()) * sizeof(T));
+  if (data != nullptr)
+    std::memset(static_cast<void*>(data), 0xff, size_t(tensor.numel()) * sizeof(T));
   return {data, tensor.numel()};
 }
 
