@@ -1,7 +1,7 @@
-"""What ``setup.py`` needs to know about CUDA: toolkit, architectures, and a compile step that refuses spills.
+"""What ``setup.py`` needs to know about CUDA: toolkit, architectures, and a compile step that tells of spills.
 
 As a program, ``setup_cuda.py RECORD NVCC ARGUMENTS...`` compiles one file, writes the registers and the shared memory
-of its kernels to RECORD (JSON), and fails where ptxas spills registers.
+of its kernels to RECORD (JSON), and warns where ptxas spills registers; a test of the build fails there.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def parse_resource_usage(text: str) -> dict[str, dict[str, int]]:
     return result
 
 
-def compile_without_spills(record: Path, command: list[str]) -> int:
-    """Runs nvcc; records what its kernels use; 1 where one of them spills."""
+def compile_and_record(record: Path, command: list[str]) -> int:
+    """Runs nvcc and records what its kernels use; returns its exit status, or 1 where it reported nothing."""
     process = subprocess.run(command, capture_output=True, text=True)
     usage = parse_resource_usage(process.stdout + process.stderr)
     noise = r"^(ptxas info .*|\s*\d+ bytes stack frame.*|\s*)$"
@@ -159,10 +159,10 @@ def compile_without_spills(record: Path, command: list[str]) -> int:
         return 1
     spilling = {kernel: use["spill_bytes"] for kernel, use in usage.items() if use["spill_bytes"]}
     for kernel, spilled in spilling.items():
-        print(f"ait: {kernel} spills {spilled} bytes of registers", file=sys.stderr)
+        print(f"ait: warning: {kernel} spills {spilled} bytes of registers: it runs, but slower", file=sys.stderr)
     record.write_text(json.dumps(usage, indent=1, sort_keys=True) + "\n")
-    return 1 if spilling else 0
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(compile_without_spills(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(compile_and_record(Path(sys.argv[1]), sys.argv[2:]))
