@@ -4,8 +4,13 @@ module ``ait._C``; metadata is in pyproject.toml.
 Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
   AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
+<<<<<<< HEAD
   TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: this machine's GPUs, else a list)
   AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512 (default: all that fit the architecture)
+=======
+  AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512,avx512_bf16 (default: all that fit the
+                          architecture); the last one adds products of bfloat16 to avx512
+>>>>>>> b1aba38 (bottleneck_select: products of bfloat16 (AVX512-BF16) where selection_dtype asks for bfloat16)
   CXX, MAX_JOBS           compiler; number of parallel compile jobs
 """
 
@@ -48,6 +53,12 @@ CAPABILITY_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
+CAPABILITY_FLAGS["avx512_bf16"] = CAPABILITY_FLAGS["avx512"] + " -mavx512bf16"
+
+
+def kernel_capabilities(stem: str, capabilities: list[str]) -> list[str]:
+    """The instruction sets for which a kernel source is compiled: those named ``*_bf16_kernel`` for one alone."""
+    return [name for name in capabilities if (name == "avx512_bf16") == stem.endswith("_bf16_kernel")]
 
 
 def build_capabilities() -> list[str]:
@@ -187,7 +198,7 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
         if not stem.name.endswith("_kernel"):
             objects.append(ninja.add("compile", build_dir / f"{stem}.o", [source], [*torch_flags, *enabled]))
             continue
-        for name in capabilities:
+        for name in kernel_capabilities(stem.name, capabilities):
             flags = [*common, f"-DAIT_CAPABILITY={name}", *shlex.split(CAPABILITY_FLAGS[name])]
             objects.append(ninja.add("compile", build_dir / f"{stem}.{name}.o", [source], flags))
 

@@ -72,6 +72,17 @@ Capability capability() {
   return detected;
 }
 
+bool multiplies_bfloat16() {
+#if defined(AIT_BUILD_AVX512_BF16) && defined(__x86_64__)
+  static const bool detected = capability() == Capability::avx512 &&
+                               std::getenv("ATEN_CPU_CAPABILITY") == nullptr &&
+                               __builtin_cpu_supports("avx512bf16");
+  return detected;
+#else
+  return false;
+#endif
+}
+
 const char* capability_name() {
   switch (capability()) {
     case Capability::avx512:

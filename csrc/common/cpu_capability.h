@@ -12,6 +12,10 @@ enum class Capability { baseline, avx2, avx512 };
 // the first call.
 AIT_API Capability capability();
 
+// Whether products of bfloat16 (AVX512-BF16) may be used beside Capability::avx512: they were
+// built, the processor has them, and ATEN_CPU_CAPABILITY is not set.
+AIT_API bool multiplies_bfloat16();
+
 // "baseline", "avx2" or "avx512".
 AIT_API const char* capability_name();
 

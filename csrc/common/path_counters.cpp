@@ -7,11 +7,17 @@ namespace ait {
 namespace {
 
 constexpr const char* kNames[] = {
-    "select_calls",          "select_tasks",
-    "select_split_rows",     "select_list_cuts",
-    "select_cuts_in_ties",   "select_closed_rows",
-    "select_tiles_in_place", "select_tiles_copied",
-    "select_masked_calls",   "select_elementwise_calls",
+    "select_calls",
+    "select_tasks",
+    "select_split_rows",
+    "select_list_cuts",
+    "select_cuts_in_ties",
+    "select_closed_rows",
+    "select_tiles_in_place",
+    "select_tiles_copied",
+    "select_masked_calls",
+    "select_bfloat16_calls",
+    "select_elementwise_calls",
 };
 static_assert(std::size(kNames) == size_t(Path::count));
 

@@ -19,6 +19,7 @@ enum class Path {
   select_tiles_in_place,
   select_tiles_copied,       // converted, rounded, or gathered around masked tokens
   select_masked_calls,       // calls with a mask
+  select_bfloat16_calls,     // calls with products of bfloat16
   select_elementwise_calls,  // calls with ready logits: one row a group, width 1
   count,
 };

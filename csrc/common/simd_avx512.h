@@ -116,6 +116,27 @@ AIT_INLINE Vec<double> fmadd(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.raw, b.raw, c.raw)};
 }
 
+#if defined(__AVX512BF16__)
+// As many pairs of BFloat16 as Vec<float> has lanes.
+struct BFloat16Pairs {
+  __m512bh raw;
+
+  static AIT_INLINE BFloat16Pairs load(const BFloat16* p) {
+    return {(__m512bh)_mm512_loadu_si512(p)};
+  }
+  static AIT_INLINE BFloat16Pairs broadcast(const BFloat16* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return {(__m512bh)_mm512_set1_epi32(pair)};
+  }
+};
+
+// c plus the products of both elements of each pair. Subnormal numbers count as zero.
+AIT_INLINE Vec<float> fmadd(BFloat16Pairs a, BFloat16Pairs b, Vec<float> c) {
+  return {_mm512_dpbf16_ps(c.raw, a.raw, b.raw)};
+}
+#endif
+
 // The larger (smaller) of both; b where either is NaN.
 AIT_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.raw, b.raw)}; }
 AIT_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm512_min_ps(a.raw, b.raw)}; }

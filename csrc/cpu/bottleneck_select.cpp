@@ -26,6 +26,14 @@ constexpr int64_t kMaxBlockRows = 256;
 
 const BottleneckSelectKernels& kernels() { AIT_RETURN_KERNELS(bottleneck_select_kernels); }
 
+// Null where the processor does not multiply bfloat16.
+const SelectKernels<float>* bfloat16_kernels() {
+#ifdef AIT_BUILD_AVX512_BF16
+  if (multiplies_bfloat16()) return &avx512_bf16::bottleneck_select_kernels;
+#endif
+  return nullptr;
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // How the rows of a group and the tokens are split into tasks.
@@ -227,12 +235,16 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
     problem.num_groups = 1;
   }
   const auto run_with = [&]<typename C>(const SelectKernels<C>& kernel) {
-    problem.tile_tokens = default_tile_tokens(problem, kernel.tokens_per_step, sizeof(C));
+    problem.tile_tokens = default_tile_tokens(problem, kernel.tokens_per_step, kernel.element_size);
     run(kernel, problem, choose_partition(problem, kernel.rows_per_panel),
         values.mutable_data_ptr<C>(), indices.mutable_data_ptr<int64_t>());
   };
+  const SelectKernels<float>* bfloat16 = bfloat16_kernels();
   if (dtype == ScalarType::Double) {
     run_with(kernels().float64);
+  } else if (rounding == ScalarType::BFloat16 && bfloat16 != nullptr && !problem.elementwise) {
+    run_with(*bfloat16);
+    count_path(Path::select_bfloat16_calls);
   } else {
     run_with(kernels().float32);
   }

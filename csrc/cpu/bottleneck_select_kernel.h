@@ -88,6 +88,7 @@ template <typename C>
 struct SelectKernels {
   int64_t rows_per_panel;   // rows of a block come in multiples of this without waste
   int64_t tokens_per_step;  // tokens of a tile likewise
+  int64_t element_size;     // bytes of an element of a tile
   // Bytes of scratch memory, aligned to 64, that scan() needs for a block of num_rows rows.
   int64_t (*scratch_bytes)(const SelectProblem&, int64_t num_rows);
   // Fills the lists of the task's range, at most k entries each.
@@ -104,5 +105,11 @@ struct BottleneckSelectKernels {
 };
 
 AIT_DECLARE_KERNELS(BottleneckSelectKernels, bottleneck_select_kernels)
+
+namespace avx512_bf16 {
+// For what is rounded to bfloat16: products of pairs, the later one of each pair added first.
+// Subnormal operands, products and sums count as zero.
+extern const SelectKernels<float> bottleneck_select_kernels;
+}  // namespace avx512_bf16
 
 }  // namespace ait::cpu

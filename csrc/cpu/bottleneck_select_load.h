@@ -33,8 +33,18 @@ void round_row(int64_t n, C* row) {
   }
 }
 
-template <typename C>
-constexpr Storage kStorageOf = sizeof(C) == sizeof(double) ? Storage::float64 : Storage::float32;
+template <typename S>
+void narrow_row(const S* source, int64_t n, BFloat16* row) {
+  using V = Vec<float>;
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) V::load(source + i).store(row + i);
+  if (i < n) V::load(source + i, n - i).store(row + i, n - i);
+}
+
+template <typename E>
+constexpr Storage kStorageOf = sizeof(E) == 8   ? Storage::float64
+                               : sizeof(E) == 4 ? Storage::float32
+                                                : Storage::bfloat16;
 
 // Writes the n elements of `source` that begin at `offset`, as C, rounded to `rounding`.
 template <typename C>
@@ -54,6 +64,18 @@ void load_row(const void* source, Storage storage, int64_t offset, Storage round
   }
   if (rounding == Storage::bfloat16) round_row<BFloat16>(n, row);
   if (rounding == Storage::float16) round_row<Float16>(n, row);
+}
+
+// The same for rows that are kept as BFloat16, which is all that they can be rounded to.
+inline void load_row(const void* source, Storage storage, int64_t offset, Storage, int64_t n,
+                     BFloat16* row) {
+  if (storage == Storage::bfloat16) {
+    std::memcpy(row, static_cast<const BFloat16*>(source) + offset, size_t(n) * sizeof *row);
+  } else if (storage == Storage::float16) {
+    narrow_row(static_cast<const Float16*>(source) + offset, n, row);
+  } else {
+    narrow_row(static_cast<const float*>(source) + offset, n, row);
+  }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The tile product of bottleneck_select, and reading ahead for it. Included by
-// bottleneck_select_kernel.cpp alone.
+// bottleneck_select_scan.h alone.
 #pragma once
 
 #include <common/simd.h>
@@ -37,9 +37,26 @@ struct Arena {
   }
 };
 
-// logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows.
-template <typename C, int kVectors>
-void multiply(const C* panel, const C* tile, int64_t tile_stride, int64_t width, C* logits) {
+// What is multiplied at once for each lane of a vector: one element, or a pair of BFloat16.
+template <typename E>
+struct Operand {
+  static constexpr int size = 1;
+  static AIT_INLINE Vec<E> load(const E* p) { return Vec<E>::load(p); }
+  static AIT_INLINE Vec<E> broadcast(const E* p) { return Vec<E>::broadcast(*p); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<BFloat16> : BFloat16Pairs {
+  static constexpr int size = 2;
+};
+#endif
+
+// logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows;
+// `width` is a multiple of the operand's size.
+template <typename C, typename E, int kVectors>
+void multiply(const E* panel, const E* tile, int64_t tile_stride, int64_t width, C* logits) {
+  using Op = Operand<E>;
   using V = Vec<C>;
   V sums[kStepTokens][kVectors];
 #pragma GCC unroll 16
@@ -47,13 +64,15 @@ void multiply(const C* panel, const C* tile, int64_t tile_stride, int64_t width,
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[t][v] = V::zero();
   }
-  for (int64_t i = 0; i < width; ++i) {
-    V query[kVectors];
+  for (int64_t i = 0; i < width; i += Op::size) {
+    decltype(Op::load(panel)) query[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) query[v] = V::load(panel + (i * kVectors + v) * V::size);
+    for (int v = 0; v < kVectors; ++v) {
+      query[v] = Op::load(panel + (i * kVectors + v * Op::size) * V::size);
+    }
 #pragma GCC unroll 16
     for (int t = 0; t < kStepTokens; ++t) {
-      const V token = V::broadcast(tile[t * tile_stride + i]);
+      const auto token = Op::broadcast(tile + t * tile_stride + i);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[t][v] = fmadd(query[v], token, sums[t][v]);
     }

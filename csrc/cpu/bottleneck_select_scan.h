@@ -1,0 +1,404 @@
+// One task of bottleneck_select: tile by tile, products and filter; then joining the lists.
+// Included by the kernel sources alone.
+#pragma once
+
+#include <cpu/bottleneck_select_list.h>
+#include <cpu/bottleneck_select_load.h>
+#include <cpu/bottleneck_select_product.h>
+
+namespace ait::cpu {
+namespace {
+
+// A list of candidates while it is filled.
+template <typename C>
+struct List {
+  SelectKey<C>* keys;
+  int32_t* tokens;
+  int64_t count;
+  SelectKey<C> threshold;  // as many as k of those seen have this key or a larger one
+};
+
+// What a task keeps beside its candidates. Query and tokens are kept as E.
+template <typename C, typename E>
+struct ScanBuffers {
+  ScanBuffers(const SelectProblem& problem, int64_t num_rows, Arena& arena)
+      : padded_rows(round_up(num_rows, Vec<C>::size)),
+        padded_width(round_up(problem.width, Operand<E>::size)),
+        copy_stride(stride_of_copies(round_up(tile_width(problem, num_rows), Vec<C>::size))),
+        panels(arena.take<E>(padded_rows * padded_width)),
+        copied_tokens(arena.take<E>(round_up(problem.tile_tokens, kStepTokens) * copy_stride)),
+        tile_tokens(arena.take<int32_t>(problem.tile_tokens)),
+        unpacked(arena.take<E>(padded_width)),
+        thresholds(arena.take<C>(padded_rows)),
+        open_rows(arena.take<uint64_t>(padded_rows)),
+        lists(arena.take<List<C>>(num_rows)) {}
+
+  // No multiple of 1 KiB: rows would compete for the same cache sets.
+  static int64_t stride_of_copies(int64_t width) {
+    constexpr int64_t kElementsPerLine = 64 / sizeof(E);
+    return width + (width % (16 * kElementsPerLine) == 0 ? kElementsPerLine : 0);
+  }
+
+  int64_t padded_rows, padded_width;
+  int64_t copy_stride;
+  E* panels;
+  E* copied_tokens;
+  int32_t* tile_tokens;
+  E* unpacked;
+  C* thresholds;        // the lists' thresholds, as logits
+  uint64_t* open_rows;  // of each panel, at its first row: see filter()
+  List<C>* lists;
+};
+
+template <typename C, typename E>
+class Scan {
+ public:
+  static constexpr bool kIsExact = __is_same(C, E);  // nothing is lost in tokens kept as E
+  static constexpr int kLanes = Vec<C>::size;
+  static constexpr int kPanelRows = kPanelVectors * kLanes;
+
+  Scan(const SelectProblem& problem, const SelectTask& task, const SelectCandidates<C>& candidates,
+       Arena arena)
+      : problem_(problem),
+        task_(task),
+        candidates_(candidates),
+        buffers_(problem, task.num_rows, arena),
+        prefetcher_(problem, task),
+        can_read_in_place_(problem.token_storage == kStorageOf<E> &&
+                           problem.rounding == kStorageOf<E> &&
+                           problem.width % Operand<E>::size == 0 &&
+                           problem.token_stride * int64_t(sizeof(E)) % 2048 != 0 &&
+                           (!problem.elementwise || task.num_rows % kLanes == 0)),
+        worth_prefetching_(!problem.elementwise &&
+                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)) {}
+
+  SelectStatistics run() {
+    pack_query();
+    open_lists();
+    for (int64_t token = task_.first_token; token < task_.last_token;) {
+      token = load_tile(token);
+      start_prefetch(token);
+      for (int64_t row = 0; row < task_.num_rows; row += kPanelRows) {
+        if (task_.num_rows - row > kLanes) {
+          scan_tile<kPanelVectors>(row);
+        } else {
+          scan_tile<1>(row);
+        }
+      }
+    }
+    for (int64_t row = 0; row < task_.num_rows; ++row) {
+      List<C>& list = buffers_.lists[row];
+      if (list.count > problem_.k) cut(row, problem_.k);
+      candidates_.counts[row * candidates_.ranges + task_.range] = list.count;
+    }
+    return statistics_;
+  }
+
+ private:
+  // Panels of the block's rows: for each operand of d elements, that of all rows of a panel side by
+  // side. The rows that fill up the last vector are zero.
+  void pack_query() {
+    constexpr int kSize = Operand<E>::size;
+    const int64_t width = buffers_.padded_width;
+    for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
+      const int64_t panel = row / kPanelRows * kPanelRows;
+      const int64_t stride = task_.num_rows - panel > kLanes ? kPanelRows : kLanes;
+      E* packed = buffers_.panels + panel * width + (row - panel) * kSize;
+      std::memset(buffers_.unpacked, 0, size_t(width) * sizeof(E));
+      if (row < task_.num_rows) {
+        const int64_t source = task_.group * problem_.num_rows + task_.first_row + row;
+        load_row(problem_.query, kStorageOf<C>, source * problem_.width, problem_.rounding,
+                 problem_.width, buffers_.unpacked);
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        packed[i / kSize * stride * kSize + i % kSize] = buffers_.unpacked[i];
+      }
+    }
+  }
+
+  void open_lists() {
+    for (int64_t row = 0; row < task_.num_rows; ++row) {
+      const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
+      buffers_.lists[row] = {candidates_.keys + first, candidates_.tokens + first, 0,
+                             kBelowAllKeys<C>};
+    }
+    for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
+      // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
+      const bool real = row < task_.num_rows;
+      buffers_.thresholds[row] = C(real ? __builtin_nanf("") : __builtin_inff());
+      uint64_t& panel = buffers_.open_rows[row / kPanelRows * kPanelRows];
+      if (row % kPanelRows == 0) panel = 0;
+      panel |= uint64_t{real} << row % kPanelRows;
+    }
+  }
+
+  // Makes a tile of the unmasked tokens from `token` on; returns the token after the last of them.
+  int64_t load_tile(int64_t token) {
+    const int64_t most = smaller(problem_.tile_tokens, task_.last_token - token);
+    const int64_t whole_steps = most / kStepTokens * kStepTokens;
+    const bool in_place = can_read_in_place_ && whole_steps > 0 && !any_masked(token, whole_steps);
+    return in_place ? point_to_tile(token, whole_steps) : copy_tile(token);
+  }
+
+  bool any_masked(int64_t token, int64_t num_tokens) const {
+    if (problem_.mask == nullptr) return false;
+    uint8_t any = 0;
+    for (int64_t i = 0; i < num_tokens; ++i) any |= problem_.mask[token + i];
+    return any != 0;
+  }
+
+  int64_t offset_of(int64_t token) const {
+    return token * problem_.token_stride + first_element(problem_, task_);
+  }
+
+  int64_t point_to_tile(int64_t token, int64_t num_tokens) {
+    tile_ = static_cast<const E*>(problem_.tokens) + offset_of(token);
+    tile_stride_ = problem_.token_stride;
+    tile_size_ = num_tokens;
+    for (int64_t i = 0; i < num_tokens; ++i) buffers_.tile_tokens[i] = int32_t(token + i);
+    ++statistics_.tiles_in_place;
+    return token + num_tokens;
+  }
+
+  // Skips masked tokens, converts and rounds, and fills up the last step with zeros.
+  int64_t copy_tile(int64_t token) {
+    const int64_t stride = buffers_.copy_stride;
+    int64_t n = 0;
+    for (; token < task_.last_token && n < problem_.tile_tokens; ++token) {
+      if (problem_.mask != nullptr && problem_.mask[token]) continue;
+      load_row(problem_.tokens, problem_.token_storage, offset_of(token), problem_.rounding,
+               tile_width(problem_, task_.num_rows), buffers_.copied_tokens + n * stride);
+      if (problem_.width < buffers_.padded_width) {
+        buffers_.copied_tokens[n * stride + problem_.width] = E{};
+      }
+      buffers_.tile_tokens[n++] = int32_t(token);
+    }
+    const int64_t missing = round_up(n, kStepTokens) - n;
+    std::memset(buffers_.copied_tokens + n * stride, 0, size_t(missing * stride) * sizeof(E));
+    tile_ = buffers_.copied_tokens;
+    tile_stride_ = stride;
+    tile_size_ = n;
+    ++statistics_.tiles_copied;
+    return token;
+  }
+
+  // Where one panel reads tokens that lie side by side, the processor foresees that by itself.
+  void start_prefetch(int64_t token) {
+    if (!worth_prefetching_ || tile_size_ == 0) return;
+    const int64_t panels = (task_.num_rows + kPanelRows - 1) / kPanelRows;
+    prefetcher_.start(token, smaller(problem_.tile_tokens, task_.last_token - token),
+                      panels * round_up(tile_size_, kStepTokens) / kStepTokens);
+  }
+
+  template <int kVectors>
+  void scan_tile(int64_t row) {
+    alignas(64) C logits[kStepTokens * kVectors * kLanes];
+    const E* panel = buffers_.panels + row * buffers_.padded_width;
+    for (int64_t t = 0; t < tile_size_; t += kStepTokens) {
+      prefetcher_.step();
+      const E* tile = tile_ + t * tile_stride_;
+      const int32_t* tokens = buffers_.tile_tokens + t;
+      const int64_t num_tokens = smaller(kStepTokens, tile_size_ - t);
+      const bool fits = fits_uncut_lists(row, num_tokens);
+      if constexpr (kIsExact) {
+        if (problem_.elementwise && !fits) {
+          multiply_and_filter<kVectors>(tile + row, tokens, num_tokens, row);
+          continue;
+        }
+        if (problem_.elementwise)
+          multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
+      }
+      if (!problem_.elementwise) {
+        multiply<C, E, kVectors>(panel, tile, tile_stride_, buffers_.padded_width, logits);
+      }
+      if (fits) {
+        fill<kVectors>(logits, tokens, num_tokens, row);
+      } else {
+        filter<kVectors>(logits, tokens, num_tokens, row);
+      }
+    }
+  }
+
+  // Until their lists are full for the first time all rows of a panel take all tokens.
+  bool fits_uncut_lists(int64_t first_row, int64_t num_tokens) const {
+    const List<C>& list = buffers_.lists[first_row];
+    return list.threshold == kBelowAllKeys<C> && list.count + num_tokens < candidates_.capacity;
+  }
+
+  template <int kVectors>
+  void fill(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
+    constexpr int64_t kRows = kVectors * kLanes;
+    alignas(64) SelectKey<C> keys[kStepTokens * kRows];
+    for (int64_t i = 0; i < kStepTokens * kRows; ++i) keys[i] = to_key(logits[i]);
+    for (int64_t r = 0; r < smaller(kRows, task_.num_rows - first_row); ++r) {
+      List<C>& list = buffers_.lists[first_row + r];
+      for (int64_t t = 0; t < num_tokens; ++t) list.keys[list.count + t] = keys[t * kRows + r];
+      for (int64_t t = 0; t < num_tokens; ++t) list.tokens[list.count + t] = tokens[t];
+      list.count += num_tokens;
+    }
+  }
+
+  // Appends what passes the thresholds, token by token.
+  template <int kVectors>
+  void filter(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
+    constexpr int64_t kVectorsPerWord = 64 / kLanes;
+    const int64_t num_vectors = num_tokens * kVectors;
+    for (int64_t first = 0; first < num_vectors; first += kVectorsPerWord) {
+      uint64_t passing = 0;  // one bit for each of 64 logits
+      for (int64_t i = first; i < smaller(first + kVectorsPerWord, num_vectors); ++i) {
+        const C* thresholds = buffers_.thresholds + first_row + i % kVectors * kLanes;
+        const uint64_t mask =
+            not_less_equal_mask(Vec<C>::load(logits + i * kLanes), Vec<C>::load(thresholds));
+        passing |= mask << ((i - first) * kLanes);
+      }
+      if (passing != 0) {
+        append_all<kVectors>(passing, logits + first * kLanes, tokens + first / kVectors,
+                             first_row);
+      }
+    }
+  }
+
+  // multiply_each() and filter() in one, where logits are not worth a way through memory and
+  // waiting for the tokens is most of the time.
+  template <int kVectors>
+  void multiply_and_filter(const C* tile, const int32_t* tokens, int64_t num_tokens,
+                           int64_t first_row) {
+    constexpr int64_t kTokens = 2, kRows = kVectors * kLanes;
+    constexpr int64_t kVectorsPerLine = 64 / sizeof(Vec<C>);
+    static_assert(kStepTokens % kTokens == 0 && kTokens * kRows <= 64);
+    using V = Vec<C>;
+    const int64_t ahead = kBytesAhead / int64_t(sizeof(C));
+    V query[kVectors], thresholds[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      query[v] = V::load(buffers_.panels + first_row + v * kLanes);
+      thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
+    }
+    for (int64_t t = 0; t < num_tokens; t += kTokens) {
+      V logits[kTokens * kVectors];
+      uint64_t passing = 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < kTokens * kVectors; ++i) {
+        const C* element = tile + (t + i / kVectors) * tile_stride_ + i % kVectors * kLanes;
+        if (i % kVectorsPerLine == 0) {
+          __builtin_prefetch(element + ahead, 0, 2);
+        }
+        logits[i] = fmadd(query[i % kVectors], V::load(element), V::zero());
+        const uint64_t mask = not_less_equal_mask(logits[i], thresholds[i % kVectors]);
+        passing |= mask << (i * kLanes);
+      }
+      if (t + 1 == num_tokens) passing &= (uint64_t{1} << kRows) - 1;  // the second is padding
+      if (passing == 0) continue;
+      alignas(64) C stored[kTokens * kRows];
+      for (int i = 0; i < kTokens * kVectors; ++i) logits[i].store(stored + i * kLanes);
+      append_all<kVectors>(passing, stored, tokens + t, first_row);
+      for (int v = 0; v < kVectors; ++v) {
+        thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
+      }
+    }
+  }
+
+  // Appends the logits whose bit is set. A list that is cut on the way raises its own threshold,
+  // which append() reads again. A row is open unless it only fills up its vector, or has k NaNs,
+  // since of a comparison with NaN no threshold could say that nothing passes.
+  template <int kVectors>
+  void append_all(uint64_t passing, const C* logits, const int32_t* tokens, int64_t first_row) {
+    constexpr int64_t kRows = kVectors * kLanes;
+    uint64_t open = buffers_.open_rows[first_row];
+    for (int64_t rows = kRows; rows < 64; rows *= 2) open |= open << rows;
+    for (passing &= open; passing != 0; passing &= passing - 1) {
+      const int64_t position = __builtin_ctzll(passing);
+      append(first_row + position % kRows, logits[position], tokens[position / kRows]);
+    }
+  }
+
+  AIT_INLINE void append(int64_t row, C logit, int32_t token) {
+    List<C>& list = buffers_.lists[row];
+    const SelectKey<C> key = to_key(logit);
+    if (key <= list.threshold) return;
+    list.keys[list.count] = key;
+    list.tokens[list.count] = token;
+    // A list that holds no more than k even when full holds all tokens of the range.
+    if (++list.count == candidates_.capacity && list.count > problem_.k) {
+      cut(row, problem_.k + (candidates_.capacity - problem_.k) / 4);
+    }
+  }
+
+  // Leaves k entries, or up to `most`.
+  __attribute__((noinline)) void cut(int64_t row, int64_t most) {
+    List<C>& list = buffers_.lists[row];
+    const Kept<C> kept = keep_largest<C>(list.keys, list.tokens, list.count, problem_.k, most);
+    list.count = kept.count;
+    list.threshold = kept.smallest;
+    buffers_.thresholds[row] = to_logit<C>(kept.smallest);
+    statistics_.cuts_in_ties += kept.in_ties;
+    if (kept.smallest == kLargestKey<C>) {
+      ++statistics_.closed_rows;
+      buffers_.thresholds[row] = C(__builtin_inff());
+      buffers_.open_rows[row / kPanelRows * kPanelRows] &= ~(uint64_t{1} << row % kPanelRows);
+    }
+    ++statistics_.list_cuts;
+  }
+
+  const SelectProblem& problem_;
+  const SelectTask& task_;
+  const SelectCandidates<C>& candidates_;
+  const ScanBuffers<C, E> buffers_;
+  Prefetcher prefetcher_;
+  const bool can_read_in_place_;  // 2 KiB apart they would compete for the same cache sets
+  const bool worth_prefetching_;
+  const E* tile_ = nullptr;
+  int64_t tile_stride_ = 0, tile_size_ = 0;
+  SelectStatistics statistics_{};
+};
+
+template <typename C, typename E>
+int64_t scratch_bytes(const SelectProblem& problem, int64_t num_rows) {
+  Arena arena{nullptr};
+  ScanBuffers<C, E>(problem, num_rows, arena);
+  return arena.used;
+}
+
+template <typename C, typename E>
+SelectStatistics scan(const SelectProblem& problem, const SelectTask& task,
+                      const SelectCandidates<C>& candidates, void* scratch) {
+  return Scan<C, E>(problem, task, candidates, Arena{static_cast<char*>(scratch)}).run();
+}
+
+template <typename C>
+void collect(const SelectProblem& problem, const SelectCandidates<C>& candidates, int64_t num_rows,
+             C* values, int64_t* indices) {
+  const int64_t k = problem.k;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int64_t first_list = row * candidates.ranges;
+    SelectKey<C>* keys = candidates.keys + first_list * candidates.capacity;
+    int32_t* tokens = candidates.tokens + first_list * candidates.capacity;
+    int64_t n = candidates.counts[first_list];
+    for (int64_t range = 1; range < candidates.ranges; ++range) {
+      const int64_t count = candidates.counts[first_list + range];
+      const int64_t from = range * candidates.capacity;
+      std::memmove(keys + n, keys + from, size_t(count) * sizeof *keys);
+      std::memmove(tokens + n, tokens + from, size_t(count) * sizeof *tokens);
+      n += count;
+    }
+    if (n > k) {
+      keep_largest<C>(keys, tokens, n, k, k);
+      n = k;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      values[row * k + j] = to_logit<C>(keys[j]);
+      indices[row * k + j] = tokens[j];
+    }
+    for (int64_t j = n; j < k; ++j) {
+      values[row * k + j] = -C(__builtin_inff());
+      indices[row * k + j] = -1;
+    }
+  }
+}
+
+// Of selection with sums in C of tokens kept as E.
+template <typename C, typename E>
+constexpr SelectKernels<C> kKernels = {Scan<C, E>::kPanelRows, kStepTokens, sizeof(E),
+                                       scratch_bytes<C, E>,    scan<C, E>,  collect<C>};
+
+}  // namespace
+}  // namespace ait::cpu
