@@ -50,11 +50,11 @@ Partition split(const SelectProblem& problem, int64_t block_rows, int64_t ranges
 }
 
 // What a thread does for one task, in multiply-adds: products, loading of the tokens, and filling
-// the lists, where each of some 3 k entries costs about as much as 300 multiply-adds.
+// the lists, where each of some 3 k entries costs about as much as 800 multiply-adds.
 double work_per_task(const SelectProblem& problem, const Partition& partition) {
   const double tokens = double(partition.range_tokens), rows = double(partition.block_rows);
   const double entries = rows * std::min(3 * double(problem.k), tokens);
-  return tokens * (rows + 8) * double(problem.width + 1) + 300 * entries;
+  return tokens * (rows + 8) * double(problem.width + 1) + 800 * entries;
 }
 
 // Blocks are as large as possible, since every block loads all tokens, unless threads would idle;
