@@ -24,6 +24,9 @@ def bottleneck_select(
     logits the lower token index wins; all NaNs count as one value larger than everything; ``-0 == +0``.
     Not differentiable. The full ``(G, R, T)`` logits are never held.
 
+    Logits that are there already, ``(T, R)`` and contiguous, are selected from with ``query = ones(R, 1, 1)`` and
+    ``tokens = logits.unsqueeze(-1)``; on CPU they are filtered side by side.
+
     Args:
         query: ``(G, R, d)``; float32, or the dtype of ``tokens``.
         tokens: ``(T, G, d)``, or ``(T, d)`` for ``G = 1``; float32, float64, bfloat16 or float16.
@@ -31,7 +34,10 @@ def bottleneck_select(
         mask: ``(T,)`` bool, True = ignore: such tokens are never chosen.
         selection_dtype: dtype to which both operands are rounded before the product (``torch.bfloat16`` or
             ``torch.float16``, for speed). By default nothing is rounded. Sums are float32 (float64 for
-            float64 tokens) either way.
+            float64 tokens) either way. On CPUs with AVX512-BF16, bfloat16 operands are multiplied as they are:
+            float32 sums in another order, where subnormal numbers count as zero, so that processors without it
+            may give other logits in the last bits, and another choice between two that are as close.
+            ``ATEN_CPU_CAPABILITY=avx512`` or less does without.
 
     Returns:
         ``values (G, R, min(k, T))``, the logits, float32 or float64, and ``indices`` of the same shape, int64,

@@ -5,13 +5,13 @@
 //
 // A task scans a range of tokens for a block of rows of one group: tile by tile, products of all
 // its rows with the tile, and a filter that appends what may still be among a row's k largest
-// logits to the row's list of candidates. A full list is cut down to its k largest, whose smallest
-// becomes the threshold of the filter. Lists stay in ascending order of tokens, so among equal
-// logits position decides, and nothing is ever sorted. Lists of several ranges of one row are
+// logits to the row's list of candidates. A full list is cut down to about its k largest, whose
+// smallest becomes the threshold of the filter. Lists stay in ascending order of tokens, so among
+// equal logits position decides, and nothing is ever sorted. Lists of several ranges of one row are
 // joined in the end.
 //
-// Every logit is one chain of multiply-adds over d, in ascending order, and selection is exact:
-// neither depends on tiles, blocks, ranges or threads.
+// Every logit is one chain of multiply-adds over d, in ascending order (of pairs, where bfloat16 is
+// multiplied), and selection is exact: neither depends on tiles, blocks, ranges or threads.
 #pragma once
 
 #include <common/cpu_capability.h>

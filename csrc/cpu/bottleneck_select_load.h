@@ -10,9 +10,9 @@ namespace {
 
 AIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <typename C, typename S>
-void convert_row(const S* source, int64_t n, C* row) {
-  using V = Vec<C>;
+// By way of vectors V, which load what `source` holds and store what `row` holds.
+template <typename V, typename S, typename E>
+void convert_row(const S* source, int64_t n, E* row) {
   int64_t i = 0;
   for (; i + V::size <= n; i += V::size) V::load(source + i).store(row + i);
   if (i < n) V::load(source + i, n - i).store(row + i, n - i);
@@ -33,14 +33,6 @@ void round_row(int64_t n, C* row) {
   }
 }
 
-template <typename S>
-void narrow_row(const S* source, int64_t n, BFloat16* row) {
-  using V = Vec<float>;
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) V::load(source + i).store(row + i);
-  if (i < n) V::load(source + i, n - i).store(row + i, n - i);
-}
-
 template <typename E>
 constexpr Storage kStorageOf = sizeof(E) == 8   ? Storage::float64
                                : sizeof(E) == 4 ? Storage::float32
@@ -52,14 +44,14 @@ void load_row(const void* source, Storage storage, int64_t offset, Storage round
               C* row) {
   if constexpr (sizeof(C) == sizeof(float)) {
     if (storage == Storage::bfloat16) {
-      convert_row(static_cast<const BFloat16*>(source) + offset, n, row);
+      convert_row<Vec<C>>(static_cast<const BFloat16*>(source) + offset, n, row);
     } else if (storage == Storage::float16) {
-      convert_row(static_cast<const Float16*>(source) + offset, n, row);
+      convert_row<Vec<C>>(static_cast<const Float16*>(source) + offset, n, row);
     } else {
-      convert_row(static_cast<const float*>(source) + offset, n, row);
+      convert_row<Vec<C>>(static_cast<const float*>(source) + offset, n, row);
     }
   } else {
-    convert_row(static_cast<const C*>(source) + offset, n, row);
+    convert_row<Vec<C>>(static_cast<const C*>(source) + offset, n, row);
     if (rounding == Storage::float32) round_row<float>(n, row);
   }
   if (rounding == Storage::bfloat16) round_row<BFloat16>(n, row);
@@ -72,9 +64,9 @@ inline void load_row(const void* source, Storage storage, int64_t offset, Storag
   if (storage == Storage::bfloat16) {
     std::memcpy(row, static_cast<const BFloat16*>(source) + offset, size_t(n) * sizeof *row);
   } else if (storage == Storage::float16) {
-    narrow_row(static_cast<const Float16*>(source) + offset, n, row);
+    convert_row<Vec<float>>(static_cast<const Float16*>(source) + offset, n, row);
   } else {
-    narrow_row(static_cast<const float*>(source) + offset, n, row);
+    convert_row<Vec<float>>(static_cast<const float*>(source) + offset, n, row);
   }
 }
 

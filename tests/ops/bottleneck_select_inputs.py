@@ -1,0 +1,71 @@
+"""Inputs and the oracle that the tests of bottleneck_select share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import ait
+from ait.ops import reference
+from ait.ops._library import is_pure_python
+from tests.ops.common import assert_same_bits, generator
+
+# (G groups, R rows, T tokens, d width): whole and broken panels of rows, steps of tokens and vectors of elements,
+# lists that overflow many times, a stride of 2 KiB, one of everything, and nothing of each.
+SHAPES = [
+    (1, 5, 300, 7),
+    (3, 16, 100, 33),
+    (1, 33, 1000, 16),
+    (2, 70, 257, 64),
+    (1, 300, 63, 5),
+    (1, 2, 40, 512),
+    (1, 1, 3000, 3),
+    (5, 1, 14, 1),
+    (1, 1, 1, 1),
+    (0, 3, 9, 4),
+    (2, 0, 9, 4),
+    (2, 3, 0, 4),
+    (2, 3, 9, 0),
+]
+
+
+def sample_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, query_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    groups, rows, tokens, width = shape
+    g = generator(groups + rows + tokens)
+    query = torch.randn(groups, rows, width, generator=g, dtype=torch.float64)
+    values = torch.randn(tokens, groups, width, generator=g, dtype=torch.float64)
+    return query.to(query_dtype or dtype), values.to(dtype)
+
+
+def random_mask(num_tokens: int, share: float = 0.4) -> Tensor:
+    return torch.rand(num_tokens, generator=generator(num_tokens)) < share
+
+
+def first_of_stable_sort(logits_GRT: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What selection from these logits must give: the definition, without a product."""
+    groups, rows, num_tokens = logits_GRT.shape
+    one_row_a_group = logits_GRT.new_ones(groups * rows, 1, 1)
+    tokens = logits_GRT.flatten(0, 1).T.reshape(num_tokens, groups * rows, 1)
+    values, indices = reference.bottleneck_select(one_row_a_group, tokens, k, mask)
+    return values.view(groups, rows, min(k, num_tokens)), indices.view(groups, rows, min(k, num_tokens))
+
+
+def select_logits(logits: list[float] | Tensor, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Selection from given logits: 20 rows of width 1 that all ask 1."""
+    tokens = torch.as_tensor(logits, dtype=dtype)[:, None]
+    values, indices = ait.ops.bottleneck_select(torch.ones(1, 20, 1, dtype=dtype), tokens, k)
+    for row in range(1, 20):
+        assert_same_bits(values[0, row], values[0, 0])
+        assert_same_bits(indices[0, row], indices[0, 0])
+    return values[0, 0], indices[0, 0]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels multiply bfloat16 where ``selection_dtype`` asks for it, instead of float32."""
+    if is_pure_python():
+        return False
+    from ait import _C
+
+    return _C.multiplies_bfloat16()
