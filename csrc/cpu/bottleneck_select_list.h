@@ -1,4 +1,4 @@
-// Keys and lists of candidates for bottleneck_select. Included by bottleneck_select_kernel.cpp
+// Keys and lists of candidates for bottleneck_select. Included by bottleneck_select_scan.h
 // alone.
 #pragma once
 
