@@ -241,7 +241,7 @@ def test_compiled_equals_eager_with_dynamic_sizes() -> None:
 @needs_kernels
 @pytest.mark.parametrize("capability", common.lesser_capabilities())
 def test_lesser_instruction_sets(capability: str) -> None:
-    expression = "float32-strided or exact or neighbours or rounds or ties or padding"
+    expression = "float32-strided or exact or neighbours or rounds or first_are_kept or padding"
     common.run_tests_at_capability(str(Path(__file__).relative_to(common.ROOT)), capability, expression)
 
 
