@@ -16,7 +16,7 @@ CLANG_FORMAT := -c 'import clang_format; clang_format.clang_format()'
 CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint format bench gpu-check docs dist clean
+.PHONY: help env build demo test lint format bench gpu-check docs notebooks dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -63,6 +63,9 @@ gpu-check: build  ## build, test and measure the CUDA kernels on this machine's 
 
 docs: $(STATE)  ## the documentation, as a site in site/
 	$(PYTHON) -m mkdocs build --strict
+
+notebooks: build  ## run the notebooks anew, in place
+	$(PYTHON) notebooks/execute.py
 
 dist: $(STATE)  ## source distribution and wheel in dist/
 	$(PYTHON) -m build --no-isolation --outdir dist .

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from ait.ops._library import SCHEMAS, kernel_library_path
-
-from .conftest import ROOT, Environment, run
+from tests.distributions import ROOT, Environment, run
 
 pytestmark = pytest.mark.xdist_group("packaging")
 

@@ -16,8 +16,7 @@ import torch
 
 from ait.ops import _library
 from ait.ops._library import SCHEMAS, cuda_library_path, why_no_cuda_kernels
-
-from .conftest import ROOT
+from tests.distributions import ROOT
 
 sys.path.insert(0, str(ROOT))
 import setup_cuda

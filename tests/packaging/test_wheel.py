@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Environment
+from tests.distributions import Environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 

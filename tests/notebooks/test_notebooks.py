@@ -1,0 +1,134 @@
+"""The notebooks run as a reader would run them, and are committed as they ran."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributions import ROOT, Environment, run
+
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+CELL_SECONDS = 300  # of a cell; a whole notebook takes less than 90 on a quiet machine
+MOST_BYTES = 1_000_000
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def outputs(path: Path) -> Iterator[dict[str, Any]]:
+    for cell in cells(path, "code"):
+        yield from cell["outputs"]
+
+
+def text_of(output: dict[str, Any]) -> str:
+    """What an output shows in words."""
+    parts = [output.get("text", ""), output.get("data", {}).get("text/plain", ""), *output.get("traceback", [])]
+    return "\n".join("".join(part) for part in parts)
+
+
+def complaints(path: Path) -> list[str]:
+    """Errors and warnings among the outputs."""
+    return [
+        text_of(output)
+        for output in outputs(path)
+        if output["output_type"] == "error" or output.get("name") == "stderr"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS], ids=lambda p: p.stem
+)
+def test_notebook_runs_in_an_empty_folder_on_the_installed_wheel_without_a_network_or_a_warning(
+    path: Path, environment: Environment, tmp_path: Path
+) -> None:
+    pytest.importorskip("nbmake")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    copy = folder / path.name
+    shutil.copy(path, copy)
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "TMPDIR") if key in os.environ}
+    # With a home of its own, neither kernels nor settings nor caches of the user's are found.
+    variables = {
+        **kept,
+        "HOME": str(home),
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "MPLCONFIGDIR": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
+    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_SECONDS}", "-p", "no:cacheprovider", "-q"]
+    result = run([str(environment.python), "-m", "pytest", *options, path.name], cwd=folder, env=variables)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert "1 passed" in result.stdout
+    assert not complaints(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
+def test_the_environment_has_the_wheel_alone_and_no_network(environment: Environment) -> None:
+    script = (
+        "import sys, urllib.request, ait\n"
+        "print(ait.__file__)\n"
+        f"assert not [path for path in sys.path if path.startswith({str(ROOT)!r}) and 'site-packages' not in path]\n"
+        "try:\n"
+        "    urllib.request.urlopen('http://192.0.2.1/')\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    result = environment.run_python(script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(environment.site_packages))
+    assert "notebooks run without a network" in result.stdout
+
+
+def test_there_are_notebooks_and_the_list_names_them_all() -> None:
+    assert NOTEBOOKS
+    listed = set(re.findall(r"\(([^)/]+\.ipynb)\)", (FOLDER / "README.md").read_text()))
+    assert listed == {path.name for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_committed_notebook_was_run_from_top_to_bottom_without_an_error_or_a_warning(path: Path) -> None:
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not complaints(path)
+
+
+@each_notebook
+def test_committed_notebook_names_no_path_of_a_machine(path: Path) -> None:
+    shown = [text_of(output) for output in outputs(path)]
+    written = ["".join(cell["source"]) for kind in ("code", "markdown") for cell in cells(path, kind)]
+    for text in (*shown, *written, json.dumps(json.loads(path.read_text())["metadata"])):
+        assert not re.search(r"(?<![\w/.:])/(home|work|tmp|root|usr|opt|mnt|Users|var)/", text), text[:2000]
+
+
+@each_notebook
+def test_committed_notebook_is_small(path: Path) -> None:
+    assert path.stat().st_size < MOST_BYTES
+
+
+@each_notebook
+def test_committed_notebook_shows_figures_that_are_drawn(path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    image = pytest.importorskip("matplotlib.image")
+    figures = [output["data"]["image/png"] for output in outputs(path) if "image/png" in output.get("data", {})]
+    assert figures
+    for figure in figures:
+        pixels = image.imread(io.BytesIO(base64.b64decode("".join(figure))), format="png")
+        assert min(pixels.shape[:2]) >= 100
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
