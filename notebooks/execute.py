@@ -30,8 +30,10 @@ def execute(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        # Times of execution would differ with every run.
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False)
+        # Times of execution, and where output was cut into pieces, would differ with every run.
+        client = NotebookClient(
+            notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True
+        )
         client.execute(cwd=folder)
     seconds = time.perf_counter() - started
     notebook.metadata = nbformat.from_dict(METADATA)
