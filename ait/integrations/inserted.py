@@ -8,17 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ait.integrations.masks import TokenMask
-from ait.nn._validate import check_choice, check_dtype
+from ait.nn._validate import check_choice, check_dtype, replica_error
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 from ait.ops._checks import check_positive_int, op_error
 
 GATED_MODES = ("wrap", "parallel")
 CHILD_NAME = "global_workspace"  # the child that a host's block gains in the gated modes
-
-REPLICA = (
-    "InsertedWorkspace: expected a model that is not in torch.nn.DataParallel, got one of its replicas: each would "
-    "write a memory of its own, and lose it; use torch.nn.parallel.DistributedDataParallel"
-)
 
 
 class Insertion(NamedTuple):
@@ -119,7 +114,7 @@ class InsertedWorkspace(nn.Module):
     def add_to_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """Forward hook of the module that gives ``y``."""
         if getattr(module, "_is_replica", False):
-            raise RuntimeError(REPLICA)
+            raise replica_error("InsertedWorkspace")
         if not isinstance(output, Tensor):
             raise op_error("InsertedWorkspace", f"{type(module).__name__} to return a tensor", type(output).__name__)
         x = None

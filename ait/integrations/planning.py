@@ -15,7 +15,7 @@ from ait.integrations.hosts import Block, Place, find_blocks
 from ait.integrations.inserted import CHILD_NAME, InsertedLayer, InsertedWorkspace, Insertion
 from ait.integrations.masks import PaddingMask, TokenMask
 from ait.integrations.refused import refusal
-from ait.nn._validate import check_choice
+from ait.nn._validate import check_choice, suggest
 from ait.nn.workspace import GlobalWorkspace, GlobalWorkspaceLayer
 from ait.ops._checks import TOKEN_DTYPES, op_error
 
@@ -120,7 +120,7 @@ def _check_options(caller: str, mode: str, options: dict[str, Any]) -> None:
         if name in ("device", "dtype"):
             raise op_error(caller, f"no {name}: it is that of the host", repr(options[name]))
         if name not in known:
-            raise op_error(caller, f"options of mode {mode!r}: {', '.join(known)}", name)
+            raise op_error(caller, f"options of mode {mode!r}", f"{name!r}; {suggest(name, known)}")
 
 
 def _choose(caller: str, layers: Any, count: int) -> list[int]:

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ait.models.ait import AssociativeTransformer
 from ait.models.pretrained import WEIGHTS_DIR, list_pretrained, load_pretrained
-from ait.models.registry import _options, _suggest
+from ait.models.registry import _options
 from ait.models.shell import TransformerShell
 from ait.models.vit import VisionTransformer
-from ait.nn._validate import check_choice, check_number
+from ait.nn._validate import check_choice, check_number, suggest
 from ait.nn.block import Block
 from ait.ops._checks import op_error
 
@@ -55,7 +55,7 @@ class TimmInterface(TransformerShell):
         known = _options(type(self)) - {"question_dim"}
         for option in model:
             if option not in known | {"question_dim"}:
-                raise TypeError(f"{name}: no option {option!r}; {_suggest(option, sorted(known))}")
+                raise TypeError(f"{name}: no option {option!r}; {suggest(option, sorted(known))}")
         drop_rate = check_number(name, "drop_rate", drop_rate, "[0, 1]")
         drop_path_rate = check_number(name, "drop_path_rate", drop_path_rate, "[0, 1)")
         super().__init__(**model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ait.integrations.inserted import reset_parameters
-from ait.nn._validate import check_number
+from ait.nn._validate import check_number, suggest
 from ait.nn.workspace import GlobalWorkspaceLayer
 from ait.ops._checks import check_positive_int, op_error
 
@@ -233,9 +232,7 @@ def _check_options(name: str, given: dict[str, Any], known: set[str] | frozenset
     """Refuses arguments that no one would read."""
     for option in given:
         if option not in known:
-            close = " or ".join(map(repr, difflib.get_close_matches(option, sorted(known))))
-            meant = f"did you mean {close}? " if close else ""
-            raise TypeError(f"{name}: no option {option!r}; {meant}There are {', '.join(map(repr, sorted(known)))}")
+            raise TypeError(f"{name}: no option {option!r}; {suggest(option, sorted(known))}")
 
 
 def _pair(name: str, argument: str, value: Any) -> tuple[Any, Any]:

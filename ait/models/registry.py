@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 import os
@@ -16,6 +15,7 @@ from ait.models.ait import AssociativeTransformer
 from ait.models.pretrained import list_pretrained, load_pretrained, pretrained_config
 from ait.models.sharing import HUB_PREFIX, Saved, arguments_of, build, read_saved
 from ait.models.vit import VisionTransformer
+from ait.nn._validate import suggest
 
 
 class _Entry(NamedTuple):
@@ -92,12 +92,12 @@ def create_model(
         torch.Size([64, 10])
     """
     if not isinstance(name, str) or name not in _MODELS:
-        raise ValueError(f"create_model: no model named {name!r}; {_suggest(name, list_models())}")
+        raise ValueError(f"create_model: no model named {name!r}; {suggest(str(name), list_models())}")
     entry = _MODELS[name]
     known = _options(entry.model)
     for option in options:
         if option not in known:
-            raise TypeError(f"create_model: {name} has no option {option!r}; {_suggest(option, sorted(known))}")
+            raise TypeError(f"create_model: {name} has no option {option!r}; {suggest(option, sorted(known))}")
     given = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "num_classes": num_classes}
     image = _IMAGE | {argument: value for argument, value in given.items() if value is not None}
     if pretrained is None:
@@ -155,8 +155,3 @@ def _options(model: type[nn.Module]) -> set[str]:
         for parameter in inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-
-
-def _suggest(wrong: str, known: list[str]) -> str:
-    close = " or ".join(map(repr, difflib.get_close_matches(str(wrong).lower(), known)))
-    return (f"did you mean {close}? " if close else "") + f"There are {', '.join(map(repr, known))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Sequence
@@ -67,3 +68,17 @@ def check_padding_mask(owner: str, mask: Any, x: Tensor) -> None:
         raise op_error(owner, expected, tuple(mask.shape))
     if mask.device != x.device:
         raise op_error(owner, f"key_padding_mask on the device of the input, {x.device}", mask.device)
+
+
+def suggest(wrong: str, known: Sequence[str]) -> str:
+    """What may have been meant by an unknown name, and all that there are."""
+    close = " or ".join(map(repr, difflib.get_close_matches(wrong.lower(), known)))
+    return (f"did you mean {close}? " if close else "") + f"There are {', '.join(map(repr, known))}"
+
+
+def replica_error(owner: str) -> RuntimeError:
+    """For a replica that torch.nn.DataParallel made of a module with a memory."""
+    return RuntimeError(
+        f"{owner}: expected a model that is not in torch.nn.DataParallel, got one of its replicas: each would write a "
+        "memory of its own, and lose it; use torch.nn.parallel.DistributedDataParallel"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import weakref
@@ -16,8 +17,10 @@ from ait.ops._checks import op_error
 Scale = Callable[[], "float | Tensor"]
 NAME = "inject_balance_loss"
 
-# An operator's arguments are tensors and plain values, so that a compiled backward pass must look its injection up.
-_ALIVE: weakref.WeakValueDictionary[str, Injection] = weakref.WeakValueDictionary()
+# An operator's arguments are tensors and plain values, so that a compiled backward pass must look its injection up, by
+# a number that no other one ever had. As a tensor it is an input of the compiled graph, which so serves them all.
+_ALIVE: weakref.WeakValueDictionary[int, Injection] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class Injection:
@@ -29,9 +32,11 @@ class Injection:
 
     def __init__(self, scale: Scale | None) -> None:
         self.scale = scale
-        self.key = str(id(self))
+        number = next(_NUMBERS)
+        with torch.inference_mode(False):
+            self.number = torch.tensor(number, device="cpu")
         self._of_backward: tuple[int, float | Tensor] | None = None  # id of a backward pass, scale in it
-        _ALIVE[self.key] = self
+        _ALIVE[number] = self
 
     def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What a balance loss receives, a scalar; ``scale`` is asked once in each backward pass.
@@ -85,7 +90,7 @@ def inject_gradient(memory: Tensor, loss: Tensor, injection: Injection) -> Tenso
     if not (torch.is_grad_enabled() and loss.requires_grad):
         return memory
     if torch.compiler.is_compiling():
-        injected: Tensor = _CompiledInjection.apply(memory, loss, injection.key, loss.dtype)
+        injected: Tensor = _CompiledInjection.apply(memory, loss, injection.number, loss.dtype)
     else:
         injected = _Injection.apply(memory, loss, injection)
     return injected
@@ -110,18 +115,21 @@ class _CompiledInjection(torch.autograd.Function):
     """The same for compilers, which would turn what ``scale`` returns into a constant."""
 
     @staticmethod
-    def forward(ctx: Any, memory: Tensor, loss: Tensor, key: str, dtype: torch.dtype) -> Tensor:
-        ctx.key, ctx.dtype = key, dtype
+    def forward(ctx: Any, memory: Tensor, loss: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(number)
+        ctx.dtype = dtype
         return memory.view_as(memory)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        return grad, injected_gradient(grad, ctx.key, ctx.dtype), None, None
+        (number,) = ctx.saved_tensors
+        return grad, injected_gradient(grad, number, ctx.dtype), None, None
 
 
-@torch.library.custom_op("ait::injected_gradient", mutates_args=())
-def injected_gradient(like: Tensor, key: str, dtype: torch.dtype) -> Tensor:
-    injection = _ALIVE.get(key)
+# What it returns depends on what the host says at that moment, so no CUDA graph may hold it.
+@torch.library.custom_op("ait::injected_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def injected_gradient(like: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+    injection = _ALIVE.get(int(number))
     if injection is None:
         raise RuntimeError(
             f"{NAME}: expected the handle to live until the backward pass of a compiled forward pass, got a backward "
@@ -131,7 +139,7 @@ def injected_gradient(like: Tensor, key: str, dtype: torch.dtype) -> Tensor:
 
 
 @injected_gradient.register_fake
-def _(like: Tensor, key: str, dtype: torch.dtype) -> Tensor:
+def _(like: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty((), dtype=dtype)
 
 

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ait.nn._validate import check_choice, check_dtype, check_input, check_number, check_padding_mask
+from ait.nn._validate import (
+    check_choice,
+    check_dtype,
+    check_input,
+    check_number,
+    check_padding_mask,
+    replica_error,
+)
 from ait.nn.balance import KeptLoss, importance_and_load, squared_variation
 from ait.nn.injection import inject_gradient
 from ait.nn.memory import MEMORIES, Memory
@@ -204,10 +211,7 @@ class GlobalWorkspace(nn.Module):
         """
         gamma = self.memory.gamma
         if getattr(self, "_is_replica", False) and self.writes_now:
-            raise RuntimeError(
-                "GlobalWorkspace: expected a model that is not in torch.nn.DataParallel, got one of its replicas: each "
-                "would write a memory of its own, and lose it; use torch.nn.parallel.DistributedDataParallel"
-            )
+            raise replica_error("GlobalWorkspace")
         check_input("GlobalWorkspace", f, self.dim, gamma.device, DOUBLE if gamma.dtype in DOUBLE else NOT_DOUBLE)
         if key_padding_mask is not None:
             check_padding_mask("GlobalWorkspace", key_padding_mask, f)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import ait
@@ -415,6 +416,22 @@ def test_compiled_passes_add_it_with_the_scale_of_the_moment(backend: str) -> No
     for run in (compiled, twin):
         F.cross_entropy(run(batches(1, torch.float32)[0][0]), batches(1)[0][1]).backward()
     assert_same_gradients(model, twin)
+
+
+def test_a_handle_an_epoch_compiles_once_and_asks_its_own_scale() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    layer = make_layer(dtype=torch.float32, balance_weight=WEIGHT, write_dropout=0.0)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = batches(1, torch.float32)[0][0]
+    for epoch in range(torch._dynamo.config.recompile_limit + 2):
+        layer.zero_grad(), twin.zero_grad()
+        with ait.inject_balance_loss(layer, scale=lambda factor=float(epoch): factor):
+            compiled(x).square().mean().backward()
+        (twin(x).square().mean() + epoch * ait.balance_loss(twin)).backward()
+        assert_same_gradients(layer, twin)
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_backward_pass_after_the_handle_is_gone_says_so() -> None:
