@@ -70,12 +70,16 @@ class TokenMask:
         """Mask for ``tokens (B, *, E)``: ``(B, *)`` bool, True = does not write; None where all may.
 
         Raises:
-            ValueError: the host was given a padding mask of another shape.
+            ValueError: the host was given a padding mask of another shape, or its tokens are no sequence that is
+                longer than a prefix that does not write.
         """
         mask = None if self.padding is None else self.padding.current
         if mask is not None:
             mask = self._fit(mask, tokens)
-        if not self.prefix_writes and self.prefix_tokens and tokens.dim() == 3:
+        if not self.prefix_writes and self.prefix_tokens:
+            if tokens.dim() != 3 or tokens.shape[1] <= self.prefix_tokens:
+                expected = f"tokens (B, N, E), more than the {self.prefix_tokens} of prefix_tokens"
+                raise op_error("InsertedWorkspace", expected, tuple(tokens.shape))
             prefix = torch.arange(tokens.shape[1], device=tokens.device) < self.prefix_tokens
             mask = prefix.expand(tokens.shape[:-1]) if mask is None else mask | prefix
         return mask

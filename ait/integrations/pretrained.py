@@ -40,10 +40,11 @@ def with_workspace(model_class: Any) -> Loader:
         model_class: any class with a ``from_pretrained``: a model class of transformers, or one of its auto classes.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it is no class, or has none.
     """
-    if not callable(getattr(model_class, "from_pretrained", None)):
-        raise op_error("with_workspace", "a class with from_pretrained, such as ViTModel", repr(model_class))
+    if not (isinstance(model_class, type) and callable(getattr(model_class, "from_pretrained", None))):
+        got = model_class.__name__ if isinstance(model_class, type) else f"an instance of {type(model_class).__name__}"
+        raise op_error("with_workspace", "a class with from_pretrained, such as ViTModel", got)
     return Loader(model_class)
 
 
@@ -87,7 +88,7 @@ class Loader:
         return loaded
 
     def _load_host(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (isinstance(self.model_class, type) and issubclass(self.model_class, nn.Module)):
+        if not issubclass(self.model_class, nn.Module):
             return self.model_class.from_pretrained(path, *args, **kwargs)
         # A subclass for the time of loading, which is told not to wonder about our names.
         ignored = getattr(self.model_class, "_keys_to_ignore_on_load_unexpected", None) or ()

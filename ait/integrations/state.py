@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ait.integrations.insertion import carry_out
 from ait.integrations.planning import from_json, plan_insertion
 from ait.integrations.summary import Workspace, find_workspaces, insertion_of
+from ait.models.checkpoint import why_unreadable
 from ait.ops._checks import op_error
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +86,9 @@ def load_workspace(model: Model, source: str | os.PathLike[str] | Mapping[str, T
             _fill(module, tensors)
         return model
     if record is None or record.arguments is None:
-        raise op_error(name, "a model with workspaces, since this file does not say how to insert them", where)
+        cure = "insert as in its model, then load it, or a whole model's state dict with model.load_state_dict"
+        expected = f"a model with workspaces, since {where} does not say how to insert them ({cure})"
+        raise op_error(name, expected, f"a bare {type(model).__name__}")
     try:
         # Tensors without memory, until the file's own sizes are known to agree with its arguments.
         plan = plan_insertion(name, model, *_split_arguments(record.arguments), device="meta")
@@ -136,7 +139,8 @@ def _read(caller: str, source: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{caller}: expected a file of a workspace, got {path}, which does not exist")
     if not path.is_file():
-        raise op_error(caller, "a file of a workspace", path)
+        cure = "folders of save_pretrained are read by ait.with_workspace(ModelClass).from_pretrained"
+        raise op_error(caller, f"a file of a workspace ({cure})", path)
     with path.open("rb") as file:
         start = file.read(9)
     try:
@@ -149,8 +153,11 @@ def _read(caller: str, source: str | os.PathLike[str]) -> dict[str, Any]:
     except ImportError:
         raise
     except Exception as error:
-        expected = "a whole file of a workspace (safetensors, or a state dict by torch.save); it was not unpickled"
-        raise op_error(caller, expected, f"{path}: {error}") from error
+        expected = (
+            "a whole file of a workspace (safetensors, or torch.save of ait.workspace_state_dict(model)); it was not "
+            "unpickled"
+        )
+        raise op_error(caller, expected, f"{path}: {why_unreadable(path, error)}") from error
     if not isinstance(state, Mapping):
         raise op_error(caller, "a state dict in the file", f"{path} with {type(state).__name__}")
     return dict(state)
@@ -243,7 +250,8 @@ def _match(
         matched.append((module, tensors))
     if remaining:
         names = ", ".join(map(repr, list(remaining)[:3]))
-        raise op_error(caller, f"entries of workspaces alone in {where}", f"{len(remaining)} others, such as {names}")
+        expected = f"entries of workspaces alone in {where} (a whole model's go into model.load_state_dict)"
+        raise op_error(caller, expected, f"{len(remaining)} others, such as {names}")
     return matched
 
 

@@ -104,18 +104,25 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises about anything on bytes that are no checkpoint
         expected = f"weights: {path}: expected a checkpoint of torch.save, tensors alone"
-        if called := _refused_by_unpickler(error):
-            raise ValueError(
-                f"{expected}, got one that refers to {called}, which was not executed. Reading more than tensors runs "
-                "code of the file's author: where you trust it, load it there with weights_only=False and save "
-                "model.state_dict() alone"
-            ) from error
-        if "TorchScript" in str(error):
-            raise ValueError(f"{expected}, got a TorchScript program, which holds code") from error
-        found = _describe(path)
-        if found is None or found.startswith(("a zip", "a pickle")):
-            found = f"one that is truncated or altered ({_reason(error)})"
-        raise ValueError(f"{expected}, got {found}") from error
+        cure = ""
+        if _refused_by_unpickler(error):
+            cure = (
+                ". Reading more than tensors runs code of the file's author: where you trust it, load it there with "
+                "weights_only=False and save model.state_dict() alone"
+            )
+        raise ValueError(f"{expected}, got {why_unreadable(path, error)}{cure}") from error
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is, in which ``torch.load(weights_only=True)`` did not find tensors, without that one's advice."""
+    if called := _refused_by_unpickler(error):
+        return f"one that refers to {called}, which was not executed"
+    if "TorchScript" in str(error):
+        return "a TorchScript program, which holds code"
+    found = _describe(path)
+    if found is None or found.startswith(("a zip", "a pickle")):
+        found = f"one that is truncated or altered ({_reason(error)})"
+    return found
 
 
 def is_state_dict(value: Any) -> bool:

@@ -239,6 +239,11 @@ def arguments_of(saved: Saved) -> dict[str, Any]:
     arguments = saved.config.get("arguments")
     if not isinstance(saved.config.get("architecture"), str) or not isinstance(arguments, Mapping):
         found = ", ".join(sorted(map(str, saved.config))[:8]) or "an empty object"
+        if "pretrained_cfg" in saved.config:
+            found += (
+                ", as timm saves it: import ait.integrations.timm_models and load it with "
+                "timm.create_model('local-dir:...' or 'hf-hub:...', pretrained=True)"
+            )
         raise ValueError(f"{saved.source}: expected a config with 'architecture' and 'arguments', got {found}")
     return {argument: _decode(value) for argument, value in arguments.items()}
 
@@ -291,7 +296,11 @@ def _find_class(cls: type[M], saved: Saved) -> type[M]:
         if subclass.__name__ == architecture:
             return subclass
         waiting += subclass.__subclasses__()
-    raise ValueError(f"{saved.source}: expected the config of a model of {cls.__name__}, got one of {architecture}")
+    cure = ""
+    if architecture in ("TimmAssociativeTransformer", "TimmVisionTransformer"):
+        cure = "; import ait.integrations.timm_models, where that class is"
+    expected = f"the config of a model of {cls.__name__}"
+    raise ValueError(f"{saved.source}: expected {expected}, got one of {architecture}{cure}")
 
 
 def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

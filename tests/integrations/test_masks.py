@@ -169,6 +169,22 @@ def test_prefix_and_padding_add_up() -> None:
     assert torch.equal(masks[0], (inputs["attention_mask"] == 0) | (torch.arange(9) < 1))
 
 
+@pytest.mark.parametrize("size", [17, 100])
+def test_a_prefix_that_is_all_of_the_tokens_is_an_error(size: int) -> None:
+    model = ait.insert_workspace(timm_model(), prefix_tokens=size, **FEW).train()
+    before = memories(model)
+    with pytest.raises(ValueError, match=rf"more than the {size} of prefix_tokens, got \(4, 17, 32\)"):
+        model(images())
+    assert all(torch.equal(a, b) for a, b in zip(before, memories(model), strict=True))
+
+
+def test_a_prefix_of_maps_is_an_error() -> None:
+    host = timm_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 16))
+    model = ait.insert_workspace(host, prefix_tokens=1, **FEW)
+    with pytest.raises(ValueError, match=r"tokens \(B, N, E\), more than the 1 of prefix_tokens, got \(4, 8, 8, 8\)"):
+        model.train()(images())
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_padding_patches_of_naflex_never_write(as_dict: bool) -> None:
     model = timm_model("naflexvit_base_patch16_gap", embed_dim=32, depth=1, num_heads=2, num_classes=5)

@@ -144,7 +144,7 @@ def test_a_config_that_speaks_of_other_workspaces_than_the_files(tmp_path: Path)
         (dict(layers=[0]), "2 in the files and \\[0\\] in the config"),
         (dict(num_slots=5), r"of shape \(5, 8\)"),
         (dict(mode="replace"), "without it"),
-        (dict(colour="red"), "got colour"),
+        (dict(colour="red"), "got 'colour'"),
     ):
         path.write_text(json.dumps({**config, "ait_workspace": {**config["ait_workspace"], **change}}))
         with pytest.raises(ValueError, match=match):
@@ -157,5 +157,7 @@ def test_a_config_that_speaks_of_other_workspaces_than_the_files(tmp_path: Path)
 
 
 def test_classes_that_load_nothing() -> None:
-    with pytest.raises(ValueError, match="a class with from_pretrained"):
+    with pytest.raises(ValueError, match="a class with from_pretrained, such as ViTModel, got Linear"):
         ait.with_workspace(torch.nn.Linear)
+    with pytest.raises(ValueError, match="a class with from_pretrained, such as ViTModel, got an instance of ViTFor"):
+        ait.with_workspace(build("ViT"))

@@ -179,7 +179,7 @@ def as_json(**arguments: Any) -> bytes:
         (b"[1]", "as JSON"),
         (b'{"arguments": 3, "layers": {}}', "as JSON"),
         (b"[" * 100_000, "as JSON"),
-        (as_json(os="system"), "got os"),
+        (as_json(os="system"), "got 'os'"),
         (as_json(layers="x"), "layers 'all'"),
         (as_json(mode=[]), "mode to be one of"),
         (as_json(selection_dtype="load"), "selection_dtype"),
@@ -253,7 +253,9 @@ def test_a_corrupted_file(damage: str, save: Callable[..., Path], tmp_path: Path
 def test_files_that_are_none(tmp_path: Path) -> None:
     model = trained()
     refuses(model, tmp_path / "nothing.pt", "does not exist", FileNotFoundError)
-    refuses(model, tmp_path, "expected a file of a workspace")
+    refuses(model, tmp_path, r"expected a file of a workspace \(folders of save_pretrained are read by ait.with_work")
+    torch.save(model, tmp_path / "model.pt")
+    refuses(timm_model(), tmp_path / "model.pt", r"torch.save of ait.workspace_state_dict\(model\).*was not executed$")
     torch.save([1, 2], tmp_path / "list.pt")
     refuses(model, tmp_path / "list.pt", "a state dict in the file, got .* with list")
 
@@ -264,7 +266,8 @@ def test_without_arguments_names_and_shapes_decide() -> None:
     del state[ARGUMENTS_ENTRY]
     ait.load_workspace(other, state)
     assert torch.equal(other.blocks[0].global_workspace.gate, model.blocks[0].global_workspace.gate)
-    refuses(timm_model(), state, "this file does not say how to insert them")
+    refuses(timm_model(), state, r"does not say how to insert them \(insert as in its model, .*got a bare Vision")
+    refuses(other, model.state_dict(), r"\(a whole model's go into model.load_state_dict\), got 32 others, such as")
 
 
 def test_models_without_workspace() -> None:

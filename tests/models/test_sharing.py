@@ -275,6 +275,16 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "expected a config with 'architecture' and 'arguments', got hidden_size, model_type",
     ),
+    "config of timm": (
+        lambda f: (f / "config.json").write_text('{"architecture": "ait_tiny_patch4_32", "pretrained_cfg": {}}'),
+        ValueError,
+        "as timm saves it: import ait.integrations.timm_models and load it with timm.create_model",
+    ),
+    "class of timm's registry": (
+        lambda f: (f / "config.json").write_text('{"architecture": "TimmVisionTransformer", "arguments": {}}'),
+        ValueError,
+        "got one of TimmVisionTransformer; import ait.integrations.timm_models, where that class is",
+    ),
     "unknown argument": (lambda f: edit_config(f, num_slot=4), TypeError, "refuses the arguments.*num_slot"),
     "refused argument": (lambda f: edit_config(f, alpha=7), ValueError, "refuses the arguments of the config: .*alpha"),
     "other sizes": (
