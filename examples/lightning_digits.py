@@ -17,8 +17,12 @@ class Digits(lightning.LightningModule):
     def __init__(self, **options: object) -> None:
         super().__init__()
         self.model = ait.create_model("ait_tiny", img_size=8, patch_size=2, in_chans=1, num_classes=10, **options)
-        # Lightning divides each loss by the number of accumulated batches, where the backward pass cannot see it.
-        self.injection = ait.inject_balance_loss(self.model, scale=lambda: 1 / ACCUMULATE)
+        self.injection = ait.inject_balance_loss(self.model, scale=self.loss_factor)
+
+    def loss_factor(self) -> float:
+        """What Lightning multiplies each loss by before the backward pass, which cannot see it."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16
+        return (1.0 if scaler is None else scaler.get_scale()) / self.trainer.accumulate_grad_batches
 
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
         images, labels = batch

@@ -27,8 +27,13 @@ def make_trainer(model: ViTForImageClassification, folder: str, **arguments: obj
     options = dict(per_device_train_batch_size=32, gradient_accumulation_steps=ACCUMULATE, learning_rate=1e-3)
     settings = TrainingArguments(folder, report_to=[], save_strategy="no", **(options | arguments))
     trainer = Trainer(model, settings, train_dataset=dataset())
-    # The trainer divides each loss by the number of accumulated batches, where the backward pass cannot see it.
-    ait.inject_balance_loss(model, scale=lambda: 1 / trainer.current_gradient_accumulation_steps)
+
+    def loss_factor() -> float:
+        """What the trainer multiplies each loss by before the backward pass, which cannot see it."""
+        scaler = trainer.accelerator.scaler  # of float16
+        return (1.0 if scaler is None else scaler.get_scale()) / trainer.current_gradient_accumulation_steps
+
+    ait.inject_balance_loss(model, scale=loss_factor)
     return trainer
 
 

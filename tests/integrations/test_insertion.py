@@ -98,12 +98,14 @@ def test_a_frozen_host_is_taken_and_its_workspace_learns() -> None:
     assert set(step(model, images())) == {name for name, _ in model.named_parameters() if "global_workspace" in name}
 
 
-def test_vit_base_grows_by_at_most_seven_percent() -> None:
+@pytest.mark.parametrize("mode", ["wrap", "parallel"])
+def test_vit_base_grows_by_at_most_seven_percent(mode: Any) -> None:
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
     before = ait.count_parameters(model).total
-    ait.insert_workspace(model)
+    ait.insert_workspace(model, mode=mode)
+    assert len(ait.workspaces(model)) == 12
     assert 0 < ait.count_parameters(model).total - before <= 0.07 * before
 
 
@@ -258,10 +260,10 @@ def test_compiled_whole_it_trains_as_in_eager_mode(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm", "ViT"])
-def test_inductor_equals_eager_in_training_and_evaluation(name: str) -> None:
+@pytest.mark.parametrize(("name", "mode"), [("timm", "wrap"), ("ViT", "parallel")])
+def test_inductor_equals_eager_in_training_and_evaluation(name: str, mode: Any) -> None:
     model = timm_model(depth=1) if name == "timm" else vit()
-    ait.insert_workspace(model, [0], **FEW).train()
+    ait.insert_workspace(model, [0], mode=mode, **FEW).train()
     open_gates(model)
     reference, x = copy.deepcopy(model), images()
     torch._dynamo.reset()
@@ -276,6 +278,10 @@ def test_inductor_equals_eager_in_training_and_evaluation(name: str) -> None:
             expected = gradients[key].grad
             if expected is not None:
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5, msg=key)
+        added = [p.grad for module in gated(model) for p in module.parameters()]
+        assert all(gradient is not None and gradient.any() for gradient in added)
+        for module, other in zip(gated(model), gated(reference), strict=True):
+            assert_close(module.workspace.memory.gamma, other.workspace.memory.gamma)
     model.eval()
     assert_close(forward(compiled, x).detach(), forward(reference.eval(), x).detach())
 
