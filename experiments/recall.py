@@ -32,11 +32,14 @@ Theory (Ramsauer et al., Hopfield Networks is All You Need, arXiv 2008.02217), f
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -283,7 +286,9 @@ def draw_errors(entries: list[dict[str, Any]]) -> Figure:
     figure = new_figure(4.5, 3.4)
     axes = figure.subplots()
     for entry, colour, marker in zip(entries, OKABE_ITO, MARKERS, strict=False):
-        axes.plot(entry["bound"], entry["error"], marker, color=colour, markersize=3, alpha=0.8, label=entry["beta"])
+        points = dict(marker=marker, linestyle="", color=colour, markersize=3, alpha=0.8)
+        axes.plot(entry["bound"], entry["error"], label=f"{entry['beta']:g}", zorder=0.5, **points)
+    axes.set_rasterization_zorder(1)  # the points become one picture
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = axes.get_xlim()
@@ -301,14 +306,25 @@ def draw_errors(entries: list[dict[str, Any]]) -> Figure:
 def draw_digits(shown: list[np.ndarray], entry: dict[str, Any]) -> Figure:
     names = ["stored", "query", *(f"step {step}" for step in range(1, len(shown) - 1))]
     figure = new_figure(6.0, 3.4)
-    panels = figure.subplots(len(shown), len(shown[0]))
-    for row, (name, pictures) in enumerate(zip(names, shown, strict=True)):
-        for axes, picture in zip(panels[row], pictures, strict=True):
-            axes.imshow(picture, cmap="cividis", vmin=shown[0].min(), vmax=shown[0].max(), interpolation="nearest")
-            bare(axes)
-        panels[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+    panels = figure.subplots(len(shown), 1)
+    for axes, name, pictures in zip(panels, names, shown, strict=True):
+        # One strip a state, with a column of nothing after each picture.
+        strip = np.pad(pictures, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)
+        strip = np.concatenate(list(strip), axis=1)[:, :-1]
+        axes.imshow(strip, cmap="cividis", vmin=shown[0].min(), vmax=shown[0].max(), interpolation="nearest")
+        bare(axes)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(f"{entry['recalled']} of {entry['asked']} recalled among {entry['stored']}", fontsize=9)
     return figure
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Writes a small file: text as text, coordinates to a hundredth of a point, few lines."""
+    content = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(content, format="svg", metadata={"Date": None}, dpi=160)
+    text = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", content.getvalue())
+    path.write_text(re.sub(r" *\n *", " ", text).replace("> <", ">\n<"), encoding="utf-8")
 
 
 def main(out: Path, settings: Settings) -> dict[str, Any]:
@@ -340,7 +356,7 @@ def main(out: Path, settings: Settings) -> dict[str, Any]:
             "digits": draw_digits(shown, digit_entry),
         }
         for name, figure in figures.items():
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            save_svg(figure, out / f"{name}.svg")
     return content
 
 

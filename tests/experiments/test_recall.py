@@ -56,3 +56,8 @@ def test_a_small_run_writes_numbers_and_figures_that_a_second_run_repeats(tmp_pa
     assert len(content["capacity"]) == 2 * 4 and content["digits"]["asked"] == 10
     for entry in content["capacity"]:
         assert 0 <= entry["promised_by_theorem_5"] <= entry["retrieved"] <= entry["queries"]
+
+
+def test_the_figures_that_are_kept_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in recall.RESULTS.glob("*.svg")}
+    assert len(sizes) == 4 and max(sizes.values()) < 60_000, sizes
