@@ -17,7 +17,7 @@ from ait.nn.workspace import GlobalWorkspace
 from ait.nn.writer import Write
 from ait.ops import hopfield_energy, hopfield_retrieve
 from ait.ops.reference import accumulate_dtype
-from ait.recording.layout import patch_grid
+from ait.recording.layout import find_ambient_mask, patch_grid
 from ait.recording.statistics import energy_path, retrieval_weights
 from ait.recording.trace import LayerRecord, WriteRecord
 
@@ -67,6 +67,7 @@ class Capture:
         self.workspace = workspace
         self.model = model
         self.options = options
+        self.ambient_mask = find_ambient_mask(model, workspace)
         self._shape: tuple[int, ...] | None = None
         self._mask: Tensor | None = None
         self._write: tuple[Tensor, Write] | None = None  # memory before, and what was to be written
@@ -75,6 +76,9 @@ class Capture:
     def begin(self, f: Any = None, key_padding_mask: Any = None, *args: Any, **kwargs: Any) -> None:
         """A forward pass begins; its arguments have not been checked yet."""
         self._shape = tuple(f.shape[:-1]) if isinstance(f, Tensor) else None
+        if key_padding_mask is None and self.ambient_mask is not None and isinstance(f, Tensor):
+            # A workspace that does not write is not told, and the write that is computed here must be.
+            key_padding_mask = self.ambient_mask(f)
         self._mask = key_padding_mask
         self._write = self._read = None
 

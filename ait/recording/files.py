@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,9 @@ from ait.recording.trace import AttentionRecord, LayerRecord, Pass, Trace, Write
 
 FORMAT = "ait-trace-1"
 META = "ait"
+# What reading a damaged archive raises.
+ZIP_DAMAGES = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, EOFError, *ZIP_DAMAGES)
 CLASSES: dict[str, type] = {each.__name__: each for each in (Trace, Pass, LayerRecord, WriteRecord, AttentionRecord)}
 
 
@@ -39,7 +43,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         trace = _unpack(content["trace"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise op_error("Trace.load", f"a file that Trace.save wrote ({FORMAT})", f"{path}: {error!r}") from error
     if not isinstance(trace, Trace):
         raise op_error("Trace.load", "a trace", f"{path}, which holds a {type(trace).__name__}")
@@ -83,7 +87,7 @@ def read_tensors(caller: str, path: Path) -> tuple[dict[str, Tensor], str]:
         with safetensors.safe_open(path, framework="pt") as file:
             meta = (file.metadata() or {})[META]
         return safetensors.torch.load_file(path), meta
-    except (KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGES as error:
         raise op_error(caller, "a file that ait wrote", f"{path} ({error})") from error
     except Exception as error:
         if safetensors is None or not isinstance(error, safetensors.SafetensorError):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ait.nn.memory import row_norms
 from ait.ops._checks import check_positive_int, op_error
 from ait.recording.files import read_tensors, write_tensors
-from ait.recording.layout import choose_workspaces, find_workspaces, unwrap
+from ait.recording.layout import choose_workspaces, find_name, find_workspaces, unwrap
 
 FORMAT = "ait-memory-history-1"
 
@@ -84,14 +85,10 @@ class MemoryHistory:
         Raises:
             ValueError: there is no such layer, or nothing was kept.
         """
-        names = self.layer_names
-        if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
-            layer = names[layer]
-        if not isinstance(layer, str) or layer not in self._memories:
-            raise op_error("MemoryHistory", f"a layer by index or name ({', '.join(map(repr, names))})", repr(layer))
+        name = find_name("MemoryHistory", self.layer_names, layer)
         if not self.steps:
             raise op_error("MemoryHistory", "at least one step kept by log(step)", "an empty history")
-        return torch.stack(self._memories[layer])
+        return torch.stack(self._memories[name])
 
     def distance(self, layer: str | int = 0) -> Tensor:
         """``(steps, M)``: L2 distance of each slot from where it stood at the first step."""
@@ -109,6 +106,23 @@ class MemoryHistory:
         memory = self.memory(layer)
         unit = memory / row_norms(memory)
         return unit @ unit.mT
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was kept, for a checkpoint from which training goes on."""
+        return {"steps": list(self.steps), "memories": {name: list(kept) for name, kept in self._memories.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the place of what was kept; :meth:`log` goes on behind it.
+
+        Raises:
+            ValueError: it is of other layers, or of memories of another shape.
+        """
+        shapes = {name: tuple(w.memory.gamma.shape) for name, w in self._workspaces.items()}
+        theirs = {name: kept[0].shape if kept else shapes.get(name) for name, kept in state["memories"].items()}
+        if {name: tuple(shape or ()) for name, shape in theirs.items()} != shapes:
+            raise op_error("MemoryHistory.load_state_dict", f"memories of the model, {shapes}", theirs)
+        self.steps = list(state["steps"])
+        self._memories = {name: list(state["memories"][name]) for name in shapes}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the history to ``*.npz`` or, with safetensors installed, ``*.safetensors``.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ait.integrations.inserted import InsertedLayer, InsertedWorkspace
 from ait.nn.workspace import GlobalWorkspace
 from ait.ops._checks import op_error
 
-# Names that wrappers (DistributedDataParallel, torch.compile, FSDP, checkpoint_wrapper) put into those of modules.
 MOST_PREFIX_TOKENS = 16
+# Names that wrappers (DistributedDataParallel, torch.compile, FSDP, checkpoint_wrapper) put into those of modules.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -72,6 +73,34 @@ def choose_workspaces(
     if not chosen:
         raise op_error(caller, "at least one layer, or layers=None for all", repr(layers))
     return {name: workspace for name, workspace in workspaces.items() if name in chosen}
+
+
+def find_name(caller: str, names: Sequence[str], layer: str | int) -> str:
+    """The one of ``names`` that ``layer`` is: by index, by name, or by the name of a module around it alone.
+
+    Raises:
+        ValueError: it is none of them, or could be several.
+    """
+    if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
+        return names[layer]
+    inside = [name for name in names if isinstance(layer, str) and f"{name}.".startswith(f"{layer}.")]
+    if isinstance(layer, str) and (layer in names or len(inside) == 1):
+        return layer if layer in names else inside[0]
+    known = ", ".join(map(repr, inside or names))
+    expected = (
+        f"a recorded layer (an index, or one of {known})" if names else "a recorded layer, of which there is none"
+    )
+    raise op_error(caller, expected, repr(layer))
+
+
+def find_ambient_mask(model: nn.Module, workspace: GlobalWorkspace) -> Callable[[Tensor], Tensor | None] | None:
+    """What a host that a workspace was inserted into says about padding and class tokens; None where none says it."""
+    if not workspace.mask_is_ambient:
+        return None
+    for module in model.modules():
+        if isinstance(module, InsertedWorkspace | InsertedLayer) and module.workspace is workspace:
+            return module.mask.of
+    return None
 
 
 def patch_grid(model: nn.Module, num_tokens: int) -> tuple[tuple[int, int] | None, int | None]:

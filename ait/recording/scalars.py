@@ -44,3 +44,20 @@ def scalars(recorded: Pass | LayerRecord) -> dict[str, float]:
         values["row_perplexity"] = layer.write.row_perplexity.mean()
         values["coverage"] = (layer.write.load.amax(0) > 0)[heard].float().mean()
     return {name: float(value) for name, value in values.items()}
+
+
+def table(recorded: Pass) -> str:
+    """One line a layer, one column a quantity."""
+    rows = {layer.name: scalars(layer) for layer in recorded}
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+    cells = [["layer", *(column.replace("_", " ") for column in columns)]]
+    for name, values in rows.items():
+        cells.append([name, *(f"{values[column]:.4g}" if column in values else "" for column in columns)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns) + 1)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )

@@ -16,11 +16,26 @@ import torch
 from torch import Tensor
 
 from ait.ops._checks import op_error
+from ait.recording.layout import find_name
 from ait.recording.statistics import dense_gates, perplexity
 
 
-@dataclass(eq=False)
-class WriteRecord:
+class _Record:
+    """Shows the shapes of its tensors, and not their entries."""
+
+    def __repr__(self) -> str:
+        shown = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" if value.dim() else f"{float(value):g}"
+    return f"[{', '.join(value)}]" if isinstance(value, dict) else repr(value)
+
+
+@dataclass(eq=False, repr=False)
+class WriteRecord(_Record):
     """A batch's write into the memory, kept or only computed."""
 
     gates: Tensor
@@ -53,8 +68,8 @@ class WriteRecord:
         return perplexity(self.importance)
 
 
-@dataclass(eq=False)
-class LayerRecord:
+@dataclass(eq=False, repr=False)
+class LayerRecord(_Record):
     """One forward pass of one workspace."""
 
     name: str
@@ -162,8 +177,8 @@ class LayerRecord:
         return self.write
 
 
-@dataclass(eq=False)
-class AttentionRecord:
+@dataclass(eq=False, repr=False)
+class AttentionRecord(_Record):
     """One self-attention of a pass, in its place among the layers."""
 
     weights: Tensor
@@ -172,8 +187,8 @@ class AttentionRecord:
     """How many layer records of the pass came before it."""
 
 
-@dataclass(eq=False)
-class Pass:
+@dataclass(eq=False, repr=False)
+class Pass(_Record):
     """One forward pass of the model."""
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
@@ -186,13 +201,7 @@ class Pass:
     """False where the forward pass raised an exception."""
 
     def __getitem__(self, layer: str | int) -> LayerRecord:
-        names = list(self.layers)
-        if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
-            return self.layers[names[layer]]
-        if isinstance(layer, str) and layer in self.layers:
-            return self.layers[layer]
-        known = f"one of {', '.join(map(repr, names))}" if names else "a layer, but the pass holds none"
-        raise op_error("record", f"a recorded layer (an index, or {known})", repr(layer))
+        return self.layers[find_name("record", list(self.layers), layer)]
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers.values())
@@ -201,7 +210,7 @@ class Pass:
         return len(self.layers)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Trace:
     """A recording: the forward passes of a model, oldest first."""
 
@@ -223,7 +232,11 @@ class Trace:
         return self.passes[index]
 
     def layer(self, layer: str | int, index: int = -1) -> LayerRecord:
-        """Record of one layer, by name or index, in one pass, by default the last.
+        """Record of one layer in one pass, by default the last.
+
+        Args:
+            layer: index, name, or name of a module around it (``"blocks.0"``).
+            index: which pass.
 
         Raises:
             ValueError: the trace is empty, or holds no such layer or pass.
@@ -234,6 +247,22 @@ class Trace:
     def layer_names(self) -> list[str]:
         """Names of the recorded layers, in the order of their first calls."""
         return list(dict.fromkeys(name for each in self.passes for name in each.layers))
+
+    def summary(self, index: int = -1) -> str:
+        """A table of one pass, by default the last: for each layer what :func:`ait.recording.scalars` gives.
+
+        Raises:
+            ValueError: there is no such pass.
+        """
+        from ait.recording.scalars import table
+
+        return table(self[index])
+
+    def __repr__(self) -> str:
+        names = self.layer_names
+        layers = f"{len(names)} layers, {names[0]!r} to {names[-1]!r}" if names else "no layers"
+        passes = "1 pass" if len(self) == 1 else f"{len(self)} passes"
+        return f"Trace({self.model}, {passes}, {layers})"
 
     def to(self, device: torch.device | str) -> Trace:
         """The same trace with all tensors on ``device``."""

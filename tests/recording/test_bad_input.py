@@ -78,6 +78,8 @@ def test_an_empty_trace_and_records_that_are_not_there() -> None:
         trace[3]
     with pytest.raises(ValueError, match=r"expected a recorded layer .*'blocks.1.mlp.workspace'.*got 'head'"):
         trace.layer("head")
+    with pytest.raises(ValueError, match=r"one of 'blocks.0.mlp.workspace', 'blocks.1.mlp.workspace'\), got 'blocks'"):
+        trace.layer("blocks")
     with pytest.raises(ValueError, match=r"plot: expected a write of layer .*write='always'"):
         trace.layer(0).require_write("plot")
     with pytest.raises(ValueError, match=r"expected values of shape \(..., 64\), one for each token, got \(3,\)"):
@@ -114,6 +116,24 @@ def test_files_that_hold_something_else(tmp_path: Path, suffix: str) -> None:
         MemoryHistory.load(path)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_that_were_altered_or_cut_are_named_wherever_it_was(tmp_path: Path, suffix: str) -> None:
+    model = small_model().eval()
+    with ait.record(model) as trace:
+        model(some_images())
+    path = tmp_path / f"x{suffix}"
+    trace.save(path)
+    whole = path.read_bytes()
+    damages = [whole[: len(whole) * part // 8] for part in range(1, 8)]
+    damages += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(0, len(whole), 997)]
+    for damage in damages:
+        path.write_bytes(damage)
+        try:
+            Trace.load(path)  # a flipped bit of a number may pass
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
 def test_other_arrays_are_no_trace_and_pickles_are_not_opened(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="expected a file that ait wrote"):
@@ -138,8 +158,14 @@ def test_histories_without_steps_and_steps_out_of_order() -> None:
     assert history.log(2) and not history.log(3)
     with pytest.raises(ValueError, match="expected a step after 2, got 0"):
         history.log(0)
-    with pytest.raises(ValueError, match="expected a layer by index or name"):
-        history.memory("head")
+    for layer in ("head", "blocks", 2, True):
+        with pytest.raises(
+            ValueError, match=r"MemoryHistory: expected a recorded layer \(an index, or one of 'blocks.0"
+        ):
+            history.memory(layer)
+    other = MemoryHistory(small_model(num_slots=5))
+    with pytest.raises(ValueError, match=r"load_state_dict: expected memories of the model, .*\(5, 6\)"):
+        other.load_state_dict(history.state_dict())
     with pytest.raises(ValueError, match="every >= 1"):
         MemoryHistory(small_model(), every=0)
 

@@ -89,3 +89,17 @@ def test_a_history_holds_the_memory_as_it_was_at_each_step(tmp_path: Path, suffi
     assert torch.equal(loaded.memory(0), history.memory(0))
     with pytest.raises(ValueError, match="a history made of a model"):
         loaded.log(6)
+
+
+def test_a_history_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    model = small_model().train()
+    history = MemoryHistory(model)
+    history.log(0)
+    model(some_images())
+    torch.save(history.state_dict(), tmp_path / "state.pt")
+    history.log(1)
+    again = MemoryHistory(model)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again.log(1)
+    assert again.steps == [0, 1]
+    assert all(torch.equal(again.memory(layer), history.memory(layer)) for layer in (0, 1))

@@ -228,6 +228,23 @@ def test_calls_of_a_part_of_the_model_are_passes_and_shared_layers_are_numbered(
     assert_close(trace.layer(1).memory_before, trace.layer(0).memory_after, "memory between calls")
 
 
+def test_layers_go_by_the_name_of_the_module_around_them_and_records_show_shapes_and_not_entries() -> None:
+    model = small_model().eval()
+    with ait.record(model) as trace:
+        model(some_images())
+    assert trace.layer("blocks.1") is trace.layer(1) is trace[0]["blocks.1.mlp"]
+    assert repr(trace) == (
+        "Trace(AssociativeTransformer, 1 pass, 2 layers, 'blocks.0.mlp.workspace' to 'blocks.1.mlp.workspace')"
+    )
+    shown = repr(trace.layer(0))
+    assert "retrieval=(64, 4) float32" in shown and "gates=(2, 4, 8) float32" in shown and "tensor" not in shown
+    assert "layers=[blocks.0.mlp.workspace, blocks.1.mlp.workspace]" in repr(trace[0])
+    header, *lines = trace.summary().splitlines()
+    assert header.split("  ")[0] == "layer" and "dead slots" in header and "energy after" in header
+    assert [line.split()[0] for line in lines] == trace.layer_names
+    assert float(lines[0].split()[1]) == pytest.approx(float(trace.layer(0).slot_perplexity), rel=1e-3)
+
+
 def test_records_are_copies_on_the_device_asked_for_and_inputs_are_the_first_tensor() -> None:
     model = small_model().eval()
     images = some_images()
