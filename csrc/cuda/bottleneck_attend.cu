@@ -5,7 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "bottleneck_attend_kernel.h"
+#include "bottleneck_attend_backward_kernel.h"
+#include "bottleneck_attend_dense.h"
 
 namespace ait::cuda {
 namespace {
@@ -25,35 +26,17 @@ void check_inputs(const Tensor& query, const Tensor& tokens, const Tensor& indic
   check_token_dtypes(kName, "query", query, "tokens", tokens);
 }
 
-// Lists have to be ascending and unique, -1 last. Where that cannot be looked at, an index out of
-// range takes no part, and one out of order makes the gradient of the tokens wrong.
-void check_lists(const Tensor& indices, int64_t num_tokens) {
-  if (!can_read_values(indices)) return;
-  const int64_t* data = indices.const_data_ptr<int64_t>();
-  const int64_t entries = indices.size(1);
-  for (int64_t row = 0; row < indices.size(0); ++row) {
-    int64_t previous = -1;
-    bool has_ended = false, is_right = true;
-    for (int64_t j = 0; j < entries; ++j) {
-      const int64_t index = data[row * entries + j];
-      is_right =
-          is_right && (index == -1 || (!has_ended && index > previous && index < num_tokens));
-      has_ended = has_ended || index == -1;
-      previous = index;
-    }
-    STD_TORCH_CHECK(is_right, kName, ": expected indices ascending and unique in [0, ", num_tokens,
-                    "), -1 last, got something else in row ", row);
-  }
-}
-
 AttendPlan plan_of(const Launcher& launch, const Tensor& tokens, const Tensor& indices) {
   return plan_attend(indices.size(0), indices.size(1), tokens.size(0), tokens.size(1),
-                     launch.limits());
+                     tokens.scalar_type() == ScalarType::Double ? 8 : 4, launch.limits());
 }
 
-// Shared memory of the kernels that take a part: tokens, and two numbers each.
-template <typename C>
-constexpr int64_t kPartBytes = kAttendPart * int64_t(8 + 2 * sizeof(C));
+// The shape decides; the harness may ask for either path.
+bool takes_dense_path(const Launcher& launch, const AttendPlan& plan, const Tensor& tokens) {
+  const AttendDtype dtype = attend_dtype(tokens.scalar_type());
+  const bool is_possible = dtype != AttendDtype::float16 && plan.num_tokens > 0 && plan.width > 0;
+  return is_possible && launch.dense(prefers_dense(plan, dtype));
+}
 
 std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
                                                      const Tensor& tokens_in,
@@ -64,32 +47,44 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
-  check_lists(indices, tokens.size(0));
-  const AttendPlan plan = plan_of(launch, tokens, indices);
+  AttendPlan plan = plan_of(launch, tokens, indices);
+  const bool dense = takes_dense_path(launch, plan, tokens);
+  if (dense) plan = whole_rows(plan);
   Tensor pooled = new_empty(query, {plan.num_rows, plan.width});
   Tensor gates = new_empty(query, {plan.num_rows, plan.num_entries});
   Tensor lse = new_empty(query, {plan.num_rows});
   Tensor part_max = new_empty(query, {plan.num_rows, plan.parts});
   Tensor part_sum = new_empty(query, {plan.num_rows, plan.parts});
-  Tensor part_pooled = new_empty(query, {plan.num_rows, plan.parts, plan.width});
+  const bool one_part = plan.parts == 1;
+  Tensor part_pooled = new_empty(query, {one_part ? 0 : plan.num_rows, plan.parts, plan.width});
 
   dispatch(tokens.scalar_type(), [&]<typename S>() {
     using C = ComputeOf<S>;
+    const Array<C> pooled_array = output<C>(pooled);
     const AttendForward<S> args{
         plan,
         input<C>(query),
         input<S>(tokens),
         input<int64_t>(indices),
-        has_aligned_rows(query, plan.width) && has_aligned_rows(part_pooled, plan.width),
+        has_aligned_rows(query, plan.width) && has_aligned_rows(pooled, plan.width),
         has_aligned_rows(tokens, plan.width),
+        dense,
         output<C>(part_max),
         output<C>(part_sum),
-        output<C>(part_pooled),
-        output<C>(pooled),
+        one_part ? pooled_array : output<C>(part_pooled),
+        pooled_array,
         output<C>(gates),
         output<C>(lse)};
-    launch(&attend_parts<S>, plan.num_rows * plan.parts, kAttendThreads, kPartBytes<C>, args);
-    launch(&attend_combine<S>, plan.num_rows, kAttendThreads, 0, args);
+    if (dense) {
+      const AttendDense<S> path(launch, plan, tokens, args.indices);
+      path.dots(query, args.gates);
+      launch(&attend_dense_softmax<C>, plan.num_rows, kAttendThreads,
+             2 * round_up(kAttendWarps * int64_t(sizeof(C)), 16), plan, args.indices, args.gates,
+             args.lse);
+      path.weighted_sums(args.gates, query, args.pooled);
+    }
+    launch(&attend_parts<S>, plan.num_rows * plan.parts, kAttendThreads, plan.part_bytes, args);
+    if (!one_part) launch(&attend_combine<S>, plan.num_rows, kAttendThreads, 0, args);
   });
   return {pooled, gates, lse};
 }
@@ -125,8 +120,10 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
-  check_lists(indices, tokens.size(0));
-  const AttendPlan plan = plan_of(launch, tokens, indices);
+  AttendPlan plan = plan_of(launch, tokens, indices);
+  const bool dense = grad_pooled_in.has_value() && grad_pooled_in->defined() &&
+                     takes_dense_path(launch, plan, tokens);
+  if (dense) plan = whole_rows(plan);
   const int64_t rows = plan.num_rows, entries = plan.num_entries, width = plan.width;
   const Tensor pooled = checked("pooled", pooled_in, query, {rows, width}, dtype);
   const Tensor gates = checked("gates", gates_in, query, {rows, entries}, dtype);
@@ -138,16 +135,18 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   Tensor offsets = new_empty(query, {rows});
   Tensor takes_part = new_empty(query, {rows}, ScalarType::Int);
   Tensor grad_logits = new_empty(query, {rows, entries});
-  Tensor part_query = new_empty(query, {rows, plan.parts, width});
+  const bool one_part = plan.parts == 1;
+  Tensor part_query = new_empty(query, {one_part ? 0 : rows, plan.parts, width});
   const int64_t listed_rows = plan.rows_in_shared ? 0 : plan.token_blocks * rows;
   Tensor masks = new_empty(query, {listed_rows}, ScalarType::Int);
   Tensor starts = new_empty(query, {listed_rows}, ScalarType::Long);
   const bool query_aligned = has_aligned_rows(query, width) &&
-                             has_aligned_rows(part_query, width) &&
+                             has_aligned_rows(grad_query, width) &&
                              (!grad_pooled || has_aligned_rows(*grad_pooled, width));
 
   dispatch(tokens.scalar_type(), [&]<typename S>() {
     using C = ComputeOf<S>;
+    const Array<C> grad_query_array = output<C>(grad_query);
     const AttendBackward<S> args{
         plan,
         input<C>(query),
@@ -163,17 +162,27 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
         grad_lse.has_value(),
         query_aligned,
         has_aligned_rows(tokens, width) && has_aligned_rows(grad_tokens, width),
+        dense,
         output<C>(offsets),
         output<int>(takes_part),
         output<C>(grad_logits),
-        output<C>(part_query),
-        output<C>(grad_query),
+        one_part ? grad_query_array : output<C>(part_query),
+        grad_query_array,
         output<S>(grad_tokens),
         output<unsigned>(masks),
         output<int64_t>(starts)};
     launch(&attend_offsets<S>, rows, kWarpSize, 0, args);
-    launch(&attend_backward_parts<S>, rows * plan.parts, kAttendThreads, kPartBytes<C>, args);
-    launch(&attend_backward_combine<S>, rows, kAttendThreads, 0, args);
+    const AttendDense<S> path(launch, plan, tokens, args.indices);
+    if (dense) {
+      path.dots(*grad_pooled, args.grad_logits);
+      launch(&attend_dense_grad_logits<S>, rows, kAttendThreads, 0, args);
+      path.weighted_sums(args.grad_logits, query, args.grad_query);
+    }
+    launch(&attend_backward_parts<S>, rows * plan.parts, kAttendThreads, plan.part_bytes, args);
+    if (!one_part) launch(&attend_backward_combine<S>, rows, kAttendThreads, 0, args);
+    if (dense) {
+      path.token_gradients(args.gates, args.grad_logits, query, *grad_pooled, args.grad_tokens);
+    }
     launch(&attend_backward_tokens<S>, plan.token_blocks, kAttendThreads, plan.shared_bytes, args);
   });
   return {contiguous_as(grad_query, query_in.scalar_type()), grad_tokens};

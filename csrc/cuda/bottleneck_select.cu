@@ -41,7 +41,7 @@ Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& 
   const Tensor whole = contiguous_as(query, ScalarType::Float);
   Tensor terms =
       new_empty(whole, {whole.size(0), 3 * whole.size(1), whole.size(2)}, ScalarType::BFloat16);
-  launch(&select_split_query, std::min(divide_up(whole.numel(), 256), int64_t{1024}), 256, 0,
+  launch(&split_in_terms<float>, std::min(divide_up(whole.numel(), 256), int64_t{1024}), 256, 0,
          input<float>(whole), whole.size(0), whole.size(1), whole.size(2), output<BFloat16>(terms));
   return {terms, as_contiguous(tokens), 3};
 }

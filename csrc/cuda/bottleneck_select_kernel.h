@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda/device.h>
+#include <cuda/three_terms.h>
 #include <cuda/warp.h>
 
 #include "bottleneck_select_shape.h"
@@ -36,29 +37,6 @@ __device__ inline double value_of(unsigned long long key) {
   if (key == ~0ull) return NAN;
   return __longlong_as_double(
       static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
-}
-
-// ---- Query in three terms ----
-
-// terms (G, 3 R, d) in bfloat16, whose sum over the three blocks of rows is query (G, R, d): each
-// takes the eight leading bits of what is left of float32's 24. Products with bfloat16 tokens are
-// then as accurate as float32's.
-__global__ void __launch_bounds__(256)
-    select_split_query(Array<const float> query, int64_t groups, int64_t num_rows, int64_t width,
-                       Array<BFloat16> terms) {
-  const int64_t count = groups * num_rows * width;
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count;
-       i += int64_t(gridDim.x) * 256) {
-    const int64_t group = i / (num_rows * width), within = i % (num_rows * width);
-    float rest = query[i];
-    for (int term = 0; term < 3; ++term) {
-      const bool is_nan = rest != rest;
-      const BFloat16 taken{static_cast<uint16_t>(is_nan ? 0x7fc0u : __float_as_uint(rest) >> 16)};
-      terms[(group * 3 + term) * num_rows * width + within] = taken;
-      // Of an infinity or NaN the first term holds all.
-      rest = is_nan || isinf(rest) ? 0.0f : rest - to_compute(taken);
-    }
-  }
 }
 
 // ---- Selection ----
@@ -101,12 +79,8 @@ struct Candidates {
 // The logit of token i of the chunk.
 template <typename C>
 __device__ inline C logit_of(const SelectChunk<C>& a, int64_t group, int64_t row, int64_t i) {
-  const int64_t first = (group * a.terms * a.num_rows + row) * a.chunk + i;
-  const C main = a.logits[first];
-  if (a.terms == 1 || isinf(main) || main != main) return main;
-  const C second = a.logits[first + a.num_rows * a.chunk];
-  const C third = a.logits[first + 2 * a.num_rows * a.chunk];
-  return main + (second + third);
+  return sum_of_terms(a.logits, (group * a.terms * a.num_rows + row) * a.chunk + i, a.terms,
+                      a.num_rows * a.chunk);
 }
 
 // The sum over the block; `scratch` holds a number for each warp.

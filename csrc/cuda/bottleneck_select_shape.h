@@ -11,9 +11,10 @@ constexpr int kSelectWarps = 16;
 constexpr int kSelectThreads = 32 * kSelectWarps;
 constexpr int kSelectBins = 256;
 // Keys of a chunk in shared memory, and logits of a chunk, which should stay in the second-level
-// cache. Both depend on the shape alone: chunks decide the shapes of the library's products.
+// cache (A100 40 MB, H100 and H200 50 MB). Both depend on the shape alone: chunks decide the shapes
+// of the library's products.
 constexpr int64_t kSelectKeyBytes = int64_t{1} << 16;
-constexpr int64_t kSelectLogitBytes = int64_t{1} << 26;
+constexpr int64_t kSelectLogitBytes = int64_t{36} << 20;
 
 struct SelectPlan {
   int64_t chunk_tokens, chunks;
@@ -25,9 +26,12 @@ inline SelectPlan plan_select(int64_t rows, int64_t num_tokens, int64_t value_si
   SelectPlan p{};
   const int64_t by_keys = kSelectKeyBytes / value_size;
   const int64_t by_logits = kSelectLogitBytes / value_size / std::max(rows, int64_t{1});
-  p.chunk_tokens = std::max(std::min(by_keys, by_logits) / 64 * 64, int64_t{64});
-  p.chunks = divide_up(num_tokens, p.chunk_tokens);
-  p.chunk_tokens = std::min(p.chunk_tokens, num_tokens);
+  const int64_t most = std::max(std::min(by_keys, by_logits) / 64 * 64, int64_t{64});
+  // Chunks of like length: none of them has a short product.
+  p.chunk_tokens =
+      std::min(round_up(divide_up(num_tokens, std::max(divide_up(num_tokens, most), int64_t{1})), 64),
+               num_tokens);
+  p.chunks = p.chunk_tokens == 0 ? 0 : divide_up(num_tokens, p.chunk_tokens);
   p.shared_bytes = round_up(p.chunk_tokens * value_size, 16) + kSelectBins * 4 +
                    2 * round_up(kSelectWarps * 4, 16) + 16;
   return p;

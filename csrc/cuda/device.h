@@ -8,7 +8,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 namespace ait::cuda {
@@ -68,6 +70,13 @@ class SharedMemory {
  private:
   int64_t used_ = 0;
 };
+
+// Stops the kernel with a message, `format` with two integers. The call itself has returned by then:
+// torch reports a device-side assertion at the next wait, as for its own operators' indices.
+__device__ inline void fail(const char* format, long long first, long long second) {
+  printf(format, first, second);
+  __assert_fail("bad input, see the line above", "ait", 0, "kernel");
+}
 
 __device__ inline float to_compute(float x) { return x; }
 __device__ inline double to_compute(double x) { return x; }

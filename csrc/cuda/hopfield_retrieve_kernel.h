@@ -166,9 +166,17 @@ struct HopfieldBackward {
   Array<S> grad_state;    // (T, E)
 };
 
-// A value that would lead out of an array is brought back into the range of what can be.
+// The number of steps that a token took; one that cannot be leads out of no array.
 __device__ inline int64_t clamp_steps(int64_t taken, int64_t steps) {
   return taken < 1 ? 1 : taken > steps ? steps : taken;
+}
+
+// The same for a value that nobody has looked at yet.
+__device__ inline int64_t checked_steps(int64_t taken, int64_t steps) {
+  if (taken < 1 || taken > steps) {
+    fail("hopfield_retrieve: expected steps_taken from 1 to %lld, got %lld\n", steps, taken);
+  }
+  return clamp_steps(taken, steps);
 }
 
 // grad_row (M) <- beta * weights * (grad_row - sum of weights * grad_row), by one warp.
@@ -302,7 +310,7 @@ __global__ void __launch_bounds__(kHopfieldThreads, 1) hopfield_backward(Hopfiel
       multiply_transposed(tile, a.grad_out, first, count, a.aligned, grads);
       for (int t = warp; t < count; t += kHopfieldWarps) {
         const int64_t at = t * tile.tile_stride;
-        const int64_t taken = clamp_steps(a.steps_taken[first + t], a.steps);
+        const int64_t taken = checked_steps(a.steps_taken[first + t], a.steps);
         softmax(tile, weights + at, a.beta);
         if (several) {
           copy_row(tile, weights + at, history.step(0, at));

@@ -29,10 +29,6 @@ inline void check_dense(const char* name, const char* argument, const Tensor& te
                   ", got cuda:", int(tensor.get_device_index()));
 }
 
-// The values of a tensor cannot be looked at without waiting for the device; kernels take care
-// that no value leads them out of an array.
-inline bool can_read_values(const Tensor&) { return false; }
-
 template <typename T>
 Array<const T> input(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.numel()};
@@ -79,6 +75,9 @@ class Launcher {
     return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             attribute(cudaDevAttrMultiProcessorCount)};
   }
+
+  // Whether to take a dense path: as the cost model says. (The harness can ask for either.)
+  bool dense(bool by_cost) const { return by_cost; }
 
   // Runs `blocks` blocks of `threads` threads; none where there are no blocks.
   template <typename... Args>

@@ -234,7 +234,13 @@ Settings& settings() {
   return instance;
 }
 
+std::vector<Launch>& launches() {
+  static std::vector<Launch> instance;
+  return instance;
+}
+
 Shadow* new_global_shadow(int64_t count, bool initialised) {
+  if (settings().dry) return nullptr;
   static std::deque<std::unique_ptr<Shadow>> shadows;
   shadows.push_back(std::make_unique<Shadow>(count, initialised));
   if (shadows.size() > kGlobalShadows) shadows.pop_front();
@@ -374,6 +380,8 @@ void run_grid(int64_t blocks, int threads, int64_t shared_bytes,
   if (shared_bytes > settings().shared_bytes) {
     fail("a launch with " + std::to_string(shared_bytes) + " bytes of shared memory");
   }
+  launches().push_back({blocks, threads, shared_bytes});
+  if (settings().dry) return;
   Random random(settings().seed++);
   std::vector<unsigned> order(static_cast<size_t>(blocks));
   for (size_t i = 0; i < order.size(); ++i) order[i] = unsigned(i);

@@ -38,8 +38,16 @@ struct Settings {
   uint64_t seed = 1;
   int64_t shared_bytes = 227 * 1024;
   int64_t multiprocessors = 3;
+  bool dry = false;  // launches are recorded, and nothing runs: for shapes too large for fibers
+  int dense = -1;    // 0, 1: whether dense paths are taken; else as the cost model says
 };
 Settings& settings();
+
+// A launch of a kernel, or (no threads) a product of the library: its rows and columns.
+struct Launch {
+  int64_t blocks, threads, shared_bytes;
+};
+std::vector<Launch>& launches();
 
 // ---- Memory
 // ---------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ void check_hopfield(const HopfieldShape& s, const DeviceLimits& device) {
 
 void check_attend(int64_t rows, int64_t entries, int64_t tokens, int64_t width,
                   const DeviceLimits& device) {
-  const AttendPlan p = plan_attend(rows, entries, tokens, width, device);
-  EXPECT(p.parts * kAttendPart >= entries);
+  const AttendPlan p = plan_attend(rows, entries, tokens, width, 4, device);
+  EXPECT(p.parts * p.part_entries >= entries && p.part_entries % kAttendTile == 0);
+  EXPECT(p.part_bytes <= kAttendSharedBytes);
   EXPECT(rows * p.parts <= kMaxBlocks);
   EXPECT(p.token_tiles * kAttendTokens >= tokens);
   EXPECT(p.token_blocks <= p.token_tiles && p.token_blocks <= kMaxBlocks);
@@ -91,7 +92,7 @@ int main() {
   EXPECT(plan_hopfield(usual, 1, 1, kDevices[0]).in_shared);
   EXPECT(plan_hopfield({32768, 32, 768, 5, 4}, 3, 1, kDevices[0]).in_shared);
   EXPECT(!plan_hopfield({32768, 4096, 768, 1, 4}, 1, 1, kDevices[1]).in_shared);
-  EXPECT(plan_select(3 * 256, 32768, 4).chunks == 2);
-  EXPECT(plan_attend(256, 512, 32768, 768, kDevices[0]).rows_in_shared);
+  EXPECT(plan_select(3 * 256, 32768, 4).chunks == 3);
+  EXPECT(plan_attend(256, 512, 32768, 768, 4, kDevices[0]).parts == 1);
   return failures != 0;
 }

@@ -39,6 +39,10 @@ SMALL_DEVICE = {
 }
 
 
+# Properties that the library's products do not have: bits that no other row changes.
+NOT_DENSE = "row_does_not_depend or row_does_not_list"
+
+
 def run_operator_tests(operator: str, library: Path, selection: str, settings: str | None = None) -> None:
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.cuda_on_host.plugin"]
     selection = f"({selection}) and {LEFT_OUT}"
@@ -58,7 +62,52 @@ def test_the_operators_tests_pass_on_the_cuda_kernels(operator: str, library: Pa
 @pytest.mark.parametrize("operator", SMALL_DEVICE)
 def test_what_does_not_fit_into_shared_memory_goes_through_global_memory(operator: str, library: Path) -> None:
     shared_bytes, selection = SMALL_DEVICE[operator]
-    run_operator_tests(operator, library, selection, settings=f"7,{shared_bytes},2")
+    run_operator_tests(operator, library, selection, settings=f"7,{shared_bytes},2,0,0")
+
+
+@pytest.mark.slow
+def test_the_operators_tests_pass_on_the_dense_path(library: Path) -> None:
+    selection = f"{SELECTIONS['bottleneck_attend']} and not ({NOT_DENSE})"
+    run_operator_tests("bottleneck_attend", library, selection, settings="3,232448,3,0,1")
+
+
+DENSE_AND_GATHERED = """
+import ctypes, math, torch, ait
+from tests.cuda_on_host.plugin import LIBRARY, take_launches
+from tests.ops.test_bottleneck_attend import gradients_like, random_lists, run_with_gradients, sample_inputs
+from tests.tolerances import assert_close
+
+def run(dense, *inputs):
+    ctypes.CDLL(LIBRARY).cuda_on_host_configure(1, 232448, 3, 0, dense)
+    result = run_with_gradients(*inputs)
+    products = [launch for launch in take_launches() if launch.threads == 0]
+    return result, products
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    query, tokens, indices = sample_inputs((5, 40, 60, 36), dtype, torch.float32)
+    for bad in (None, "unlisted token", "listed token", "query"):
+        if bad == "unlisted token":  # of rows 1 and 3 no longer, of rows 0, 2 and 4
+            indices[1][indices[1] == 17] = indices[1].max() + 1 if indices[1].max() < 59 else -1
+            indices = torch.stack([row[row != 17][:39] for row in torch.nn.functional.pad(indices, (0, 1), value=-1)])
+            tokens[17, 3] = math.nan
+            tokens[17, 5] = math.inf
+        elif bad == "listed token":
+            tokens[indices[0, 2]] = math.inf
+        elif bad == "query":
+            query[1, 0] = math.nan
+        gathered, none = run(0, query, tokens, indices)
+        dense, several = run(1, query, tokens, indices)
+        assert not none and len(several) >= 5
+        for name, value in dense.items():
+            assert_close(value, gathered[name], f"{name}, {dtype}, {bad}")
+        if bad in (None, "unlisted token"):
+            assert all(x.isfinite().all() for name, x in dense.items() if name != "lse"), bad
+"""
+
+
+def test_dense_and_gathered_attention_agree_whatever_unlisted_tokens_hold(library: Path) -> None:
+    result = run_python(library, "-c", DENSE_AND_GATHERED)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("path", KERNEL_HEADERS, ids=lambda path: path.name)

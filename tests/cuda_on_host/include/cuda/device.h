@@ -6,6 +6,7 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <type_traits>
 
 #include "../../runtime.h"
@@ -200,6 +201,12 @@ class SharedMemory {
  private:
   int64_t used_ = 0;
 };
+
+inline void fail(const char* format, long long first, long long second) {
+  char message[256];
+  std::snprintf(message, sizeof message, format, first, second);
+  throw std::runtime_error(message);
+}
 
 inline float to_compute(float x) { return x; }
 inline double to_compute(double x) { return x; }

@@ -15,8 +15,6 @@ inline void check_dense(const char* name, const char* argument, const Tensor& te
   check_dense_cpu(name, argument, tensor);
 }
 
-inline bool can_read_values(const Tensor&) { return true; }
-
 template <typename T>
 Array<const T> input(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.numel()};
@@ -26,7 +24,7 @@ Array<const T> input(const Tensor& tensor) {
 template <typename T>
 Array<T> output(Tensor& tensor) {
   T* data = static_cast<T*>(tensor.mutable_data_ptr());
-  if (data != nullptr)
+  if (data != nullptr && !cuda_on_host::settings().dry)
     std::memset(static_cast<void*>(data), 0xff, size_t(tensor.numel()) * sizeof(T));
   return {data, tensor.numel()};
 }
@@ -37,6 +35,10 @@ Array<T> no_array() {
 }
 
 inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  cuda_on_host::launches().push_back({a.size(1), 0, b.size(2)});
+  if (cuda_on_host::settings().dry) {
+    return torch::stable::new_empty(a, {a.size(0), a.size(1), b.size(2)}, dtype);
+  }
   return torch::stable::matmul(contiguous_as(a, dtype), contiguous_as(b, dtype));
 }
 
@@ -46,6 +48,11 @@ class Launcher {
 
   DeviceLimits limits() const {
     return {cuda_on_host::settings().shared_bytes, cuda_on_host::settings().multiprocessors};
+  }
+
+  bool dense(bool by_cost) const {
+    const int asked = cuda_on_host::settings().dense;
+    return asked < 0 ? by_cost : asked == 1;
   }
 
   template <typename... Args>
