@@ -12,6 +12,7 @@ from tests.ops.common import needs_kernels
 
 from .build import ROOT, compiler
 from .conftest import run_python
+from .selections import LEFT_OUT, SELECTIONS
 
 pytestmark = [needs_kernels, pytest.mark.xdist_group("cuda_on_host")]
 
@@ -19,19 +20,6 @@ KERNEL_HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*_kernel.h"))
 # Headers that CUDA and host have each their own of.
 REPLACED = {path.name for path in (ROOT / "tests" / "cuda_on_host" / "include" / "cuda").glob("*.h")}
 
-# Tests of tests/ops that ask about the CPU alone, or are too large for fibers.
-LEFT_OUT = "not (threads or compiled or instruction or most_steps or many_patterns or opcheck or without_dense)"
-SELECTIONS = {
-    "bottleneck_attend": "not (many_rows_may or layout and (float16 or float32))",
-    "bottleneck_select": (
-        "(adversarial and float32) or first_are_kept or padding or masked or nan_comes or panel"
-        " or may_be_huge or wrong_arguments or (rounds_both and not float32) or one_group or expanded or no_gradient"
-    ),
-    "hopfield_retrieve": (
-        "(match_the_reference and (float64 or bfloat16)) or gradcheck_through or every_output or tol or opposite"
-        " or infinite_logits or wrong_arguments or checks_what or expanded or huge_inverse"
-    ),
-}
 # Bytes of shared memory with which not everything fits, and tests that go there then.
 SMALL_DEVICE = {
     "bottleneck_attend": (800, "match_the_reference and float32"),

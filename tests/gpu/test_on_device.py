@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ pytestmark = [
 
 # (R, k, T, E), (G, R, T, d), (T, M, E): those of the CPU's tests, and larger ones.
 LARGE = os.environ.get("AIT_GPU_SMALL_SHAPES") != "1"
-ATTEND_SHAPES = [*attend_tests.SHAPES, *([(256, 128, 8192, 768)] if LARGE else [])]
+# The last two: half of all tokens are listed, so that the dense path is taken; the default shape.
+LARGE_ATTEND = [(256, 128, 8192, 768), (256, 8192, 16384, 768), (256, 512, 32768, 768)]
+ATTEND_SHAPES = [*attend_tests.SHAPES, *(LARGE_ATTEND if LARGE else [])]
 SELECT_SHAPES = [*select_tests.SHAPES, *([(1, 64, 40_000, 48)] if LARGE else [])]
 HOPFIELD_SHAPES = [*hopfield_tests.SHAPES, *([(4096, 32, 768), (50, 700, 768)] if LARGE else [])]
 
@@ -155,6 +159,29 @@ def test_the_device_of_the_tensors_is_used_whatever_the_current_one_is() -> None
     assert_close(out.cpu(), reference.hopfield_retrieve(state.cpu(), patterns.cpu(), 1.0, 1, 0.0)[0])
     with pytest.raises(RuntimeError, match="expected patterns on device cuda:1, got cuda:0"):
         torch.ops.ait.hopfield_retrieve(state, patterns.to("cuda:0"), 1.0, 1, 0.0)
+
+
+WRONG_VALUES = {
+    "bottleneck_attend": (
+        "torch.ops.ait.bottleneck_attend(torch.zeros(2, 8).cuda(), torch.zeros(9, 8).cuda(), "
+        "torch.tensor([[0, 1], [3, 2]]).cuda())",
+        "expected indices ascending and unique in [0, 9), -1 last, got something else in row 1",
+    ),
+    "hopfield_retrieve": (
+        "x = torch.zeros(4, 8).cuda(); "
+        "torch.ops.ait.hopfield_retrieve_backward(x, x, x, torch.tensor([1, 1, 7, 1]).cuda(), 1.0, 3)",
+        "expected steps_taken from 1 to 3, got 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", WRONG_VALUES)
+def test_wrong_values_stop_the_kernel_with_a_message(operator: str) -> None:
+    call, message = WRONG_VALUES[operator]
+    script = f"import torch, ait; {call}; torch.cuda.synchronize()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr and "device-side assert" in result.stderr
 
 
 def test_tensors_of_the_cpu_in_a_cuda_call_are_errors() -> None:
