@@ -77,7 +77,8 @@ def plot_slots(
         aspect = images.shape[2] / images.shape[3]
         figure = new_figure(width, len(chosen) * (cell * aspect + 0.2) + 0.5)
         axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
-        largest = max(float(gates_MBN[columns][:, chosen].max()), 1e-6)
+        # Where nothing of these images was taken, the bar runs to 1, as a gate may.
+        largest = float(gates_MBN[columns][:, chosen].max()) or 1.0
         for row, number in enumerate(chosen):
             pixels = to_pixels(images[number], mean, std)
             show_image(axes[row, 0], pixels)
