@@ -37,7 +37,8 @@ def insert_workspace(
     In the first two, ``g`` is one number a layer, 0 at first: the model's outputs stay the same, bit for bit. The
     host's modules and the names in its state dict stay as they are, too; each block gains one child,
     ``global_workspace``, that a forward hook calls. So the host's checkpoints, adapters and learning rates by layer
-    still fit, and a host whose parameters are all frozen (``requires_grad=False``) is welcome.
+    still fit. A host whose parameters are frozen (``requires_grad=False``) is welcome: they stay frozen, and the
+    workspaces learn.
 
     What padding the model is told about (``attention_mask`` of transformers, ``patch_valid`` of timm) never writes
     into the memory. In transformers models the arguments are noted in ``model.config``; see :func:`ait.with_workspace`
@@ -62,7 +63,8 @@ def insert_workspace(
     Raises:
         ValueError: an argument is not as above; no block was found; a chosen one has no place for a workspace (fused
             or parallel MLP, mixture of experts) or is causal (a shared memory would show tokens their future); the
-            model has a workspace, is wrapped (DataParallel and its like), compiled, traced, scripted or quantised.
+            model has a workspace, is wrapped (DataParallel and its like), compiled, quantised, or a traced, scripted,
+            exported or (by ``torch.jit.freeze``) frozen program.
             The model is as it was.
 
     Example:

@@ -241,7 +241,9 @@ def test_compiled_hosts() -> None:
 def test_scripted_traced_and_frozen_hosts() -> None:
     host = ait.create_model("vit_tiny", img_size=8, patch_size=4, num_classes=2, depth=1).eval()
     traced = torch.jit.trace(host, torch.randn(1, 3, 8, 8))
-    for model in (traced, torch.jit.freeze(traced)):
+    with_scripted_head = timm_model()
+    with_scripted_head.head = torch.jit.script(nn.Linear(32, 5))
+    for model in (traced, torch.jit.freeze(traced), torch.jit.script(nn.Linear(3, 3)), with_scripted_head):
         with pytest.raises(ValueError, match=r"not a scripted, traced or frozen one; insert before torch.jit"):
             ait.insert_workspace(model)
 

@@ -318,16 +318,6 @@ def test_distributed_training_keeps_masks_gradients_and_the_balance_loss(tmp_pat
         distributed.destroy_process_group()
 
 
-def test_layer_decay_groups_of_timm_put_a_workspace_with_its_block() -> None:
-    factory = pytest.importorskip("timm.optim._param_groups")
-    model = ait.insert_workspace(timm_model(), **FEW)
-    groups = factory.param_groups_layer_decay(model, layer_decay=0.5)
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    for index, block in enumerate(model.blocks):
-        expected = scale[id(block.mlp.fc1.weight)]
-        assert {scale[id(p)] for p in block.global_workspace.parameters()} == {expected}, index
-
-
 def test_generator_makes_the_memories_reproducible() -> None:
     memories = []
     for _ in range(2):

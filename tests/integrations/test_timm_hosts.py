@@ -15,6 +15,9 @@ from tests.integrations.small_hosts import FEW, gated, images, open_gates, timm_
 from tests.tolerances import assert_close
 
 timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.skipif(
+    not hasattr(timm.models.VisionTransformer, "forward_intermediates"), reason="this timm has no forward_intermediates"
+)
 
 MODES = ("wrap", "parallel")
 HOSTS: dict[str, dict[str, Any]] = {
@@ -58,7 +61,6 @@ def test_forward_intermediates_are_the_hosts_own_until_a_gate_opens(name: str, m
     assert torch.equal(model.forward_intermediates(x)[0], final)
 
 
-@pytest.mark.skipif(not hasattr(timm.models.VisionTransformer, "forward_intermediates"), reason="this timm has none")
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_features_only_takes_workspaces_and_gives_maps_of_the_whole_model(name: str) -> None:
     x = pixels(name)
