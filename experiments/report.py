@@ -1,4 +1,4 @@
-"""Makes one HTML file of a run's folder, whether the run has finished or not: curves, confusions, mistakes, memory.
+"""Makes one HTML file of a run's folder, finished or not: curves, confusions, mistakes, memory, workspaces.
 
     python experiments/report.py runs/digits-ait_tiny-0
     python experiments/report.py runs/digits-ait_tiny-0 --out report.html
@@ -28,6 +28,7 @@ from report_figures import (
     picture,
     signed_heat_map,
 )
+from report_workspace import workspace_section
 from run_folder import write_atomically
 
 import ait
@@ -74,6 +75,7 @@ def render(run: RunContent) -> str:
         _confusions(run),
         _mistakes(run),
         _memory(run),
+        workspace_section(run),
         _facts("Options", run.config),
         _facts("Environment", {name: value for name, value in run.environment.items() if name != "git_revision"}),
     ]

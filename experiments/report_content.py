@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from look_inside import MEMORY, RECORDING
 from report_figures import shortened
 from results import read_result
 from run_folder import load_checkpoint
 from torch import Tensor
+
+from ait.recording import MemoryHistory, Trace
 
 METRICS = {
     "epoch",
@@ -84,6 +87,8 @@ class RunContent:
     checkpoint: dict[str, Any] | None
     memories: list[Memory]
     mistakes: Mistakes | None
+    recording: Trace | None
+    history: MemoryHistory | None
     notes: list[str] = field(default_factory=list)  # what is amiss, for the reader
 
     @property
@@ -115,8 +120,10 @@ def read_run(folder: Path) -> RunContent:
     checkpoint = _optional(folder / "checkpoint.pt", load_checkpoint, notes)
     memories = read_memories(checkpoint["state_dict"], notes) if checkpoint is not None else []
     mistakes = _optional(folder / "mistakes.npz", read_mistakes, notes)
-    name = folder.absolute().name
-    return RunContent(name, config, lines, last_written, result, environment, checkpoint, memories, mistakes, notes)
+    recording = _optional(folder / RECORDING, Trace.load, notes)
+    history = _optional(folder / MEMORY, MemoryHistory.load, notes)
+    extras = (checkpoint, memories, mistakes, recording, history)
+    return RunContent(folder.absolute().name, config, lines, last_written, result, environment, *extras, notes)
 
 
 def read_object(path: Path) -> dict[str, Any]:

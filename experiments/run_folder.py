@@ -24,10 +24,13 @@ RUN_FILES = (
     "checkpoint.pt",
     "last.pt",
     "mistakes.npz",
+    "recording.npz",
+    "memory.npz",
     "result.json",
     "report.html",
     "events.out.tfevents.*",
     "*.tmp",
+    ".*.partial",
 )
 
 

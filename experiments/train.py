@@ -6,9 +6,9 @@
 
 Every choice (here: the epoch whose weights are kept) is made on the validation split; the test set is read once, at the
 end. A run's folder receives config.json, environment.json, metrics.jsonl (one line an epoch), TensorBoard events,
-checkpoint.pt (the best weights), last.pt (what --resume needs), mistakes.npz and result.json. The same seed, threads
-and machine give the same numbers, whether the run was interrupted or not: Ctrl-C saves, and the same command with
---resume goes on.
+checkpoint.pt (the best weights), last.pt (what --resume needs), mistakes.npz, recording.npz and memory.npz (what the
+workspaces did) and result.json. The same seed, threads and machine give the same numbers, whether the run was
+interrupted or not: Ctrl-C saves, and the same command with --resume goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from evaluation import confusion_matrix, question_results, worst_mistakes
 from interrupt import Interrupt
+from look_inside import LookInside
 from report import write_report
 from results import environment, git_revision, wilson_interval, write_json
 from run_config import RECIPES, Config, check, differences, recorded, resolve
@@ -145,21 +146,22 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
         while run.progress.epoch <= config.epochs:
             metrics = train_epoch(run, bar, interrupt)
             loss, logits = evaluate(run.model, run.splits.validation, run.splits, config)
-            predictions = logits.argmax(1)
+            accuracy = (logits.argmax(1) == run.splits.validation.labels).double().mean().item()
+            # Of equal ones the later, which has been trained for longer.
+            is_best = run.progress.best is None or accuracy >= run.progress.best["validation_accuracy"]
+            inside = run.inside.record(metrics["epoch"], config.out, keep=is_best)
             run.sit()
             metrics |= {
                 "validation_loss": loss,
-                "validation_accuracy": (predictions == run.splits.validation.labels).double().mean().item(),
+                "validation_accuracy": accuracy,
                 "images_per_second": run.progress.rates[-1],
                 "seconds": run.progress.seconds,
             }
             append_line(config.out / "metrics.jsonl", metrics)
             if tensorboard is not None:
-                for name, value in metrics.items():
+                for name, value in (metrics | {f"workspace/{name}": value for name, value in inside.items()}).items():
                     tensorboard.add_scalar(name, value, metrics["epoch"])
-            best = run.progress.best
-            # Of equal ones the later, which has been trained for longer.
-            if best is None or metrics["validation_accuracy"] >= best["validation_accuracy"]:
+            if is_best:
                 run.progress.best = metrics
                 save_checkpoint(config.out / "checkpoint.pt", run.facts() | {"epoch": metrics["epoch"]})
                 mistakes = worst_mistakes(run.splits.validation, logits, "validation")
@@ -203,6 +205,9 @@ class Run:
         self.model, self.model_arguments = make_model(config, self.splits)
         self.model.to(config.device)
         self.model_in_training = torch.compile(self.model) if config.compile else self.model
+        self.inside = LookInside(
+            self.model, self.splits.validation, lambda *batch: prepare(*batch, self.splits, config)
+        )
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
         self.device_type = torch.device(config.device).type
         self.amp_dtype = amp_dtype(self.device_type) if config.amp else None
@@ -252,6 +257,7 @@ class Run:
             "random_cuda": cuda,
             "random_mps": [torch.mps.get_rng_state()] if self.device_type == "mps" else [],
             "data_digest": self.data_digest,
+            "inside": self.inside.state_dict(),
         }
         save_checkpoint(self.config.out / "last.pt", content)
         self.saved_at = time.perf_counter()
@@ -267,6 +273,7 @@ class Run:
         self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
+        self.inside.load_state_dict(saved.get("inside"))
         self.progress = Progress(**saved["progress"])
         self.generator.set_state(saved["generator"])
         self.epoch_generator = saved["epoch_generator"]

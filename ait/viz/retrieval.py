@@ -14,7 +14,7 @@ from torch import Tensor
 from ait.recording.rollout import choose_images
 from ait.recording.trace import Trace
 from ait.viz.images import Grid, extent, find_grid, show_image, to_pixels
-from ait.viz.style import OKABE_ITO, Theme, add_bar, check_width, new_figure, short_name, style
+from ait.viz.style import OKABE_ITO, Theme, add_bar, check_width, new_figure, on_colour, short_name, style
 
 NAME = "plot_retrieval"
 REST = "#8c8c8c"
@@ -77,7 +77,7 @@ def plot_retrieval(
             show_image(axes[row, 0], pixels)
             axes[row, 0].set_ylabel(f"image {number}", visible=True)
             show_image(axes[row, 1], _coloured(places.place(slots[row]), colours, pixels))
-            _write_numbers(axes[row, 1], places.place(slots[row]), pixels, places, cell)
+            _write_numbers(axes[row, 1], places.place(slots[row]), colours, pixels, places, cell)
             show_image(axes[row, 2], pixels)
             shown = axes[row, 2].imshow(
                 places.place(weights[row]),
@@ -110,11 +110,14 @@ def _coloured(slots: np.ndarray, colours: dict[int, str], pixels: np.ndarray) ->
     return painted.repeat(rows, axis=0).repeat(columns, axis=1)
 
 
-def _write_numbers(axes: Axes, slots: np.ndarray, pixels: np.ndarray, grid: Grid, cell: float) -> None:
+def _write_numbers(
+    axes: Axes, slots: np.ndarray, colours: dict[int, str], pixels: np.ndarray, grid: Grid, cell: float
+) -> None:
     size = min(7.0, 72 * cell / grid.columns * 0.42)
     if size < 3.5:
         return
     height, width = pixels.shape[0] / grid.rows, pixels.shape[1] / grid.columns
     for (row, column), slot in np.ndenumerate(slots):
         place = ((column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5)
-        axes.text(*place, str(slot), ha="center", va="center", fontsize=size, color="#000000")
+        ink = on_colour(colours.get(int(slot), REST))
+        axes.text(*place, str(slot), ha="center", va="center", fontsize=size, color=ink)

@@ -14,7 +14,7 @@ from ait.ops._checks import op_error
 from ait.recording.rollout import Rollout, attention_rollout, choose_images
 from ait.recording.trace import Trace
 from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
-from ait.viz.style import OKABE_ITO, Theme, add_bar, bare, check_width, new_figure, style
+from ait.viz.style import OKABE_ITO, Theme, add_bar, bare, check_width, new_figure, on_colour, style
 
 NAME = "plot_rollout"
 SOURCES = {"this image": OKABE_ITO[0], "other images": OKABE_ITO[1], "memory": OKABE_ITO[2]}
@@ -117,14 +117,12 @@ def _largest(maps: list[Tensor], prefix: int) -> float:
 def _draw_shares(axes: Axes, rollout: Rollout, row: int, token: int | None) -> None:
     bottom = 0.0
     parts = (rollout.weights[row].sum(1), rollout.others[row], rollout.memory[row])
-    for values, (name, colour) in zip(parts, SOURCES.items(), strict=True):
+    for values, colour in zip(parts, SOURCES.values(), strict=True):
         share = float(values.mean() if token is None else values[token])
         axes.bar(0, share, bottom=bottom, color=colour, width=0.9)
         if share > 0.08:
-            written = "#000000" if name == "other images" else "#ffffff"  # on orange, and on blue and green
-            axes.text(
-                0, bottom + share / 2, f"{100 * share:.0f} %", ha="center", va="center", fontsize=6, color=written
-            )
+            said, ink = f"{100 * share:.0f} %", on_colour(colour)
+            axes.text(0, bottom + share / 2, said, ha="center", va="center", fontsize=6, color=ink)
         bottom += share
     axes.set_ylim(0, 1)
     bare(axes)

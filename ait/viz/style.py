@@ -11,6 +11,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -100,6 +101,13 @@ def ink() -> Any:
 
 def faint() -> Any:
     return matplotlib.rcParams["grid.color"]
+
+
+def on_colour(ground: str) -> str:
+    """Black or white, whichever has more contrast on ``ground`` (relative luminance of WCAG 2)."""
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(ground)]
+    luminance = sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
 
 
 def add_bar(figure: Figure, shown: ColorizingArtist, axes: Any, label: str = "") -> None:

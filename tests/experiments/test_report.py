@@ -451,3 +451,42 @@ def test_a_real_run_writes_its_report(tmp_path: Path) -> None:
     _check_self_contained(page)
     assert "finished: 2 epochs" in page and "Worst mistakes on the test split" in page and "effective slots" in page
     assert 'class="notes"' not in page
+    for title in FIGURES:
+        assert f"<h3>{title}</h3>" in page and f'alt="{title.lower()}" src="data:image/png;base64,' in page
+    assert "row perplexity" in page and "<td>blocks.0.mlp.workspace</td>" in page
+    _check_damaged_recordings(tmp_path / "run")
+
+
+FIGURES = (
+    "Patches that slots attend",
+    "Retrieval map",
+    "Slot use",
+    "Energy descent",
+    "Rollout",
+    "Memory over training",
+)
+
+
+def _check_damaged_recordings(run: Path) -> None:
+    """Each is named, and all the rest is shown."""
+    for name, damage, gone in (("recording.npz", "cut", FIGURES[:5]), ("memory.npz", "text", FIGURES[5:])):
+        before = (run / name).read_bytes()
+        DAMAGES[damage](run / name)
+        page = _page(run)
+        assert f"{name} is damaged" in page
+        for title in FIGURES:
+            assert (f"<h3>{title}</h3>" in page) == (title not in gone), (damage, title)
+        (run / name).write_bytes(before)
+    # A recording of something else: whole, and of no use.
+    trace = ait.Trace.load(run / "recording.npz")
+    trace[0].inputs = None
+    trace.save(run / "recording.npz")
+    page = _page(run)
+    assert "recording.npz is not shown: it holds no images of its own" in page and "<h3>Memory over" in page
+    trace.passes = []
+    trace.save(run / "recording.npz")
+    assert "recording.npz is not shown: record: expected a forward pass" in _page(run)
+    (run / "recording.npz").unlink()
+    assert "Inside the workspaces" in _page(run)
+    (run / "memory.npz").unlink()
+    assert "Inside the workspaces" not in _page(run)

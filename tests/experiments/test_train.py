@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("PIL")
 
 import train as train_module
-from run_folder import load_checkpoint
+from run_folder import digest, load_checkpoint
 from train import RECIPES, Config, Schedule, check, resolve
 
 import ait
@@ -101,9 +102,45 @@ def test_tensorboard_gets_every_metric(finished: tuple[Path, dict[str, Any]]) ->
     out, _ = finished
     events = accumulator.EventAccumulator(str(out))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == _lines(out)[0].keys()
+    inside = {name for name in events.Tags()["scalars"] if name.startswith("workspace/")}
+    assert set(events.Tags()["scalars"]) - inside == _lines(out)[0].keys()
     losses = [event.value for event in events.Scalars("train_loss")]
     assert losses == pytest.approx([line["train_loss"] for line in _lines(out)], rel=1e-6)
+
+
+def test_what_the_workspaces_did_is_kept_and_reaches_tensorboard(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    trace, history = ait.Trace.load(out / "recording.npz"), ait.MemoryHistory.load(out / "memory.npz")
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    (name,) = trace.layer_names
+    kept = checkpoint["state_dict"][f"{name}.memory.gamma"]
+    assert torch.equal(trace.layer(0).memory_before, kept)
+    assert history.steps == list(range(result["epochs"] + 1))
+    assert torch.equal(history.memory(0)[checkpoint["epoch"]], kept) and float(history.distance(0)[1].min()) > 0
+    assert trace[0].inputs is not None and trace[0].inputs.dtype == torch.uint8
+    write = trace.layer(0).write
+    assert write is not None and not write.kept and len(trace[0].attention) == 1
+
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(out))
+    events.Reload()
+    for quantity, value in ait.recording.scalars(trace.layer(0)).items():
+        logged = {event.step: event.value for event in events.Scalars(f"workspace/{name}/{quantity}")}
+        assert list(logged) == history.steps[1:] and logged[checkpoint["epoch"]] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("semantics", ["differentiable", "released"])
+def test_looking_inside_changes_no_weight_and_no_random_number(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, semantics: str
+) -> None:
+    config = tiny_config(data_dir, tmp_path / "with")
+    config = dataclasses.replace(config, options=(*config.options, f"semantics={semantics}"))
+    run_quietly(config)
+    monkeypatch.setattr(train_module.LookInside, "record", lambda *_, **__: {})
+    run_quietly(dataclasses.replace(config, out=tmp_path / "without"))
+    first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("with", "without"))
+    for part in ("state_dict", "optimizer", "random", "generator"):
+        assert digest(first[part]) == digest(second[part]), part
 
 
 def test_without_tensorboard_it_says_so_and_runs(
