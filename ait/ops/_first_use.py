@@ -9,31 +9,51 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ait.ops import reference
 from ait.ops._library import LIBRARY, is_pure_python, why_no_cuda_kernels
 
-# What a wrong kernel exceeds and rounding does not: sums of some dozen terms, in float32.
-TOLERANCE = 1e-4
+DEVICE_TYPE = "cuda"  # whose kernels are compared
+# What a wrong kernel exceeds and rounding does not: sums of some dozen terms, in float32; then the rounding of a
+# result to its own dtype, at most one unit in its last place.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def check_first_use(tensor: Tensor) -> None:
     """Compares the CUDA kernels with the reference when a device is used first.
 
-    An operator that disagrees is reported, and the reference runs in its place from then on. Nothing happens for
-    tensors elsewhere, while tracing (``torch.compile``), and during the capture of a CUDA graph, which says so.
+    An operator that disagrees is reported, and the reference runs in its place from then on. Where the first use is
+    a trace (``torch.compile``), the comparison is made while tracing. Nothing happens for tensors elsewhere, for fake
+    tensors, and during the capture of a CUDA graph, which says so.
 
     Raises:
         RuntimeError: a kernel disagrees and ``AIT_REQUIRE_KERNELS=1``.
     """
-    if tensor.device.type != "cuda" or torch.compiler.is_compiling() or is_pure_python():
+    if tensor.device.type != DEVICE_TYPE or is_pure_python():
         return
-    if why_no_cuda_kernels() is not None:
+    if torch.compiler.is_compiling():
+        _check_while_tracing(tensor.device.index)
+    elif not isinstance(tensor, FakeTensor):
+        _check(tensor.device)
+
+
+@torch.compiler.assume_constant_result
+def _check_while_tracing(index: int | None) -> bool:
+    """The same for the device of a traced tensor; the call leaves nothing in the graph."""
+    with _disable_current_modes():
+        _check(torch.device(DEVICE_TYPE, *([] if index is None else [index])))
+    return True
+
+
+def _check(device: torch.device) -> None:
+    if why_no_cuda_kernels() is not None or not torch.cuda.is_available():
         return
     if torch.cuda.is_current_stream_capturing():
         _say_that_capture_skips_the_check()
         return
-    _check_device(tensor.device)
+    _check_device(device)
 
 
 @functools.cache
@@ -42,7 +62,7 @@ def _say_that_capture_skips_the_check() -> None:
         "ait: the comparison of its CUDA kernels with the reference was skipped, since a CUDA graph is being captured; "
         "one call before the capture makes it",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -53,7 +73,7 @@ def _check_device(device: torch.device) -> None:
 
 def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
     """Puts the reference in place of every operator that disagrees with it on ``device``; returns their names."""
-    wrong = [name for name, agrees in _comparisons(device).items() if not agrees()]
+    wrong = [name for name, agrees in COMPARISONS.items() if not agrees(device)]
     if wrong:
         message = (
             f"ait: on {device} the kernels of {', '.join(wrong)} disagree with the reference operators, which run "
@@ -61,7 +81,7 @@ def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
         )
         if os.environ.get("AIT_REQUIRE_KERNELS") == "1":
             raise RuntimeError(message + "; AIT_REQUIRE_KERNELS=1 makes this an error")
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=6)
     for name in wrong:
         for operator in (name, f"{name}_backward"):
             if hasattr(reference, operator):
@@ -72,42 +92,64 @@ def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
 def _close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Whether outputs agree; integers have to be equal."""
     return all(
-        torch.allclose(a.double(), e.double(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+        torch.allclose(a.double(), e.double(), rtol=TOLERANCE[a.dtype], atol=TOLERANCE[a.dtype], equal_nan=True)
         if a.is_floating_point()
         else torch.equal(a, e)
         for a, e in zip(actual, expected, strict=True)
     )
 
 
-def _comparisons(device: torch.device) -> dict[str, Callable[[], bool]]:
-    """For each operator: whether it agrees with the reference on inputs that no generator is needed for."""
+def _numbers(device: torch.device, *shape: int, step: float) -> Tensor:
+    """Numbers in [-1, 1] that no generator is needed for, so that none is advanced."""
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(count, dtype=torch.float64, device=device) * step).float().reshape(shape)
 
-    def numbers(*shape: int, step: float) -> Tensor:
-        count = torch.Size(shape).numel()
-        return torch.sin(torch.arange(count, dtype=torch.float32, device=device) * step).reshape(shape)
 
-    query, tokens, patterns = numbers(3, 20, step=0.7), numbers(70, 20, step=1.3), numbers(5, 20, step=0.9)
-    mask = torch.arange(70, device=device) % 7 == 3
+@torch.no_grad()
+def _selection_agrees(device: torch.device) -> bool:
+    """One chunk and several; many logits are equal: multiples of 1/16, which are exact in every dtype."""
+    for dtype in TOLERANCE:
+        for num_tokens, k in ((70, 9), (17_000, 40)):
+            query = (4 * _numbers(device, 1, 2, 8, step=0.7)).round() / 4
+            tokens = ((4 * _numbers(device, num_tokens, 8, step=1.3)).round() / 4).to(dtype)
+            mask = torch.arange(num_tokens, device=device) % 7 == 3
+            arguments = query, tokens, k, mask, None
+            if not _close(torch.ops.ait.bottleneck_select(*arguments), reference.bottleneck_select(*arguments)):
+                return False
+    return True
 
-    @torch.no_grad()
-    def select() -> bool:
-        # Multiples of 1/4, so that logits are exact, and many of them equal.
-        arguments = (4 * query[None]).round() / 4, (4 * tokens).round() / 4, 9, mask, None
-        return _close(torch.ops.ait.bottleneck_select(*arguments), reference.bottleneck_select(*arguments))
 
-    @torch.no_grad()
-    def attend() -> bool:
-        indices = torch.arange(0, 54, 6, device=device) + torch.arange(3, device=device)[:, None]
-        indices[2, 4:] = -1
-        outputs = reference.bottleneck_attend(query, tokens, indices)
-        if not _close(torch.ops.ait.bottleneck_attend(query, tokens, indices), outputs):
-            return False
-        saved = *outputs, query, tokens, indices, *outputs[:2]
-        backward = torch.ops.ait.bottleneck_attend_backward(*saved)
-        return _close(backward, reference.bottleneck_attend_backward(*saved))
+@torch.no_grad()
+def _attention_agrees(device: torch.device) -> bool:
+    short = torch.arange(0, 54, 6, device=device) + torch.arange(3, device=device)[:, None]
+    short[2, 4:] = -1
+    # A shape for which the dense path is taken; all but three rows list nothing, and cost the reference nothing.
+    long = torch.full((256, 1024), -1, device=device)
+    long[:3, :99] = torch.arange(1, 100, device=device)
+    for dtype in TOLERANCE:
+        # float16 has no dense path.
+        shapes = [(short, (70, 20)), (long, (100, 512))][: 1 if dtype == torch.float16 else 2]
+        for indices, (num_tokens, width) in shapes:
+            rows = 3
+            query = _numbers(device, indices.shape[0], width, step=0.7) / 4
+            tokens = _numbers(device, num_tokens, width, step=1.3).to(dtype)
+            expected = reference.bottleneck_attend(query[:rows], tokens, indices[:rows])
+            outputs = torch.ops.ait.bottleneck_attend(query, tokens, indices)
+            if not _close(tuple(x[:rows] for x in outputs), expected):
+                return False
+            backward = torch.ops.ait.bottleneck_attend_backward(*outputs, query, tokens, indices, *outputs[:2])
+            saved = *expected, query[:rows], tokens, indices[:rows], *expected[:2]
+            grad_query, grad_tokens = reference.bottleneck_attend_backward(*saved)
+            if not _close((backward[0][:rows], backward[1]), (grad_query, grad_tokens)):
+                return False
+    return True
 
-    @torch.no_grad()
-    def retrieve() -> bool:
+
+@torch.no_grad()
+def _retrieval_agrees(device: torch.device) -> bool:
+    patterns = _numbers(device, 5, 20, step=0.9)
+    for dtype in TOLERANCE:
+        tokens = _numbers(device, 70, 20, step=1.3).to(dtype)
         for steps in (1, 3):
             outputs = reference.hopfield_retrieve(tokens, patterns, 0.3, steps, 0.0)
             if not _close(torch.ops.ait.hopfield_retrieve(tokens, patterns, 0.3, steps, 0.0), outputs):
@@ -116,6 +158,12 @@ def _comparisons(device: torch.device) -> dict[str, Callable[[], bool]]:
             backward = torch.ops.ait.hopfield_retrieve_backward(*saved)
             if not _close(backward, reference.hopfield_retrieve_backward(*saved)):
                 return False
-        return True
+    return True
 
-    return {"bottleneck_select": select, "bottleneck_attend": attend, "hopfield_retrieve": retrieve}
+
+# For each operator: whether it and its backward agree with the reference on a device.
+COMPARISONS: dict[str, Callable[[torch.device], bool]] = {
+    "bottleneck_select": _selection_agrees,
+    "bottleneck_attend": _attention_agrees,
+    "hopfield_retrieve": _retrieval_agrees,
+}

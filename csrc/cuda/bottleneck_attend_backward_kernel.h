@@ -154,6 +154,7 @@ __device__ inline int64_t lower_bound(const Array<const int64_t>& indices, int64
 template <typename S>
 __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendBackward<S> a) {
   using C = ComputeOf<S>;
+  constexpr int kPacks = sizeof(C) == 8 ? 4 : 8;  // of four columns, that a lane sums at a time
   const AttendPlan& p = a.plan;
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   SharedMemory shared;
@@ -193,8 +194,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendB
         // Other lanes have read what a lane is about to write.
         __syncwarp();
       }
-      for (int64_t column = 0; column < p.width; column += kAttendPacks * kWarpSize * 4) {
-        Pack<C> sum[kAttendPacks] = {};
+      for (int64_t column = 0; column < p.width; column += kPacks * kWarpSize * 4) {
+        Pack<C> sum[kPacks] = {};
         for (int64_t row0 = 0; row0 < p.num_rows; row0 += kWarpSize) {
           unsigned own_mask = 0;
           if (row0 + lane < p.num_rows) own_mask = masks[row0 + lane];
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendB
                 row * p.num_entries + starts[row] + __popc(mask & ((1u << t) - 1));
             const C gate = a.gates[entry], grad_logit = a.grad_logits[entry];
 #pragma unroll
-            for (int k = 0; k < kAttendPacks; ++k) {
+            for (int k = 0; k < kPacks; ++k) {
               const int64_t e = column + (k * kWarpSize + lane) * 4;
               if (e >= p.width) break;
               const int64_t at = row * p.width + e;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendB
           }
         }
 #pragma unroll
-        for (int k = 0; k < kAttendPacks; ++k) {
+        for (int k = 0; k < kPacks; ++k) {
           const int64_t e = column + (k * kWarpSize + lane) * 4;
           if (e >= p.width) break;
           store4(a.grad_tokens, (first + t) * p.width + e, p.width - e, a.aligned, sum[k]);

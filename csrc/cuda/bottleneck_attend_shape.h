@@ -15,7 +15,6 @@ constexpr int kAttendTile = 32;
 // So many blocks are worth cutting rows into parts, which takes one more launch to combine.
 constexpr int64_t kAttendWantedBlocks = 256;
 constexpr int kAttendTokens = 32;  // of a tile of tokens, one bit each in a row's mask
-constexpr int kAttendPacks = 8;    // of four columns, that a lane sums at a time
 // Several blocks are to share a multiprocessor.
 constexpr int64_t kAttendSharedBytes = int64_t{48} * 1024;
 

@@ -56,6 +56,31 @@ void check_attend(int64_t rows, int64_t entries, int64_t tokens, int64_t width,
   EXPECT(p.shared_bytes <= 48 * 1024 && (p.shared_bytes > 0 || !p.rows_in_shared || rows == 0));
 }
 
+void check_dense_choice() {
+  const auto prefers = [](int64_t rows, int64_t entries, int64_t tokens, int64_t width,
+                          AttendDtype dtype) {
+    const AttendPlan p = plan_attend(rows, entries, tokens, width, 4, kDevices[1]);
+    const AttendDensePlan d = plan_attend_dense(p, dtype);
+    EXPECT(d.chunks * d.chunk_tokens >= tokens && (tokens == 0 || d.chunk_tokens >= 1));
+    EXPECT(rows * d.terms * d.chunk_tokens * 4 <= kAttendDenseBytes || d.chunk_tokens <= 64);
+    return prefers_dense(p, dtype);
+  };
+  for (const AttendDtype dtype :
+       {AttendDtype::float32, AttendDtype::float64, AttendDtype::bfloat16}) {
+    EXPECT(!prefers(256, 512, 32768, 768, dtype));  // the default shape, k / T = 1/64
+    EXPECT(!prefers(256, 1024, 32768, 768, dtype));
+    EXPECT(prefers(256, 8192, 32768, 768, dtype));  // one token in four
+    EXPECT(prefers(256, 16384, 32768, 768, dtype));
+    EXPECT(prefers(256, 4096, 8192, 256, dtype));  // in tests/gpu
+    EXPECT(!prefers(8, 10, 20, 16, dtype));        // launches cost more than they save
+    EXPECT(!prefers(256, 512, 3'000'000, 1536, dtype));  // T E > 2^31
+    EXPECT(prefers(256, 1'500'000, 3'000'000, 1536, dtype));
+    EXPECT(!prefers(0, 4, 9, 8, dtype) && !prefers(3, 0, 9, 8, dtype));
+    EXPECT(!prefers(3, 4, 0, 8, dtype) && !prefers(3, 4, 9, 0, dtype));
+  }
+  EXPECT(!prefers(256, 16384, 32768, 768, AttendDtype::float16));
+}
+
 void check_select(int64_t rows, int64_t tokens, int64_t value_size) {
   const SelectPlan p = plan_select(rows, tokens, value_size);
   EXPECT(p.chunks * p.chunk_tokens >= tokens);
@@ -94,5 +119,6 @@ int main() {
   EXPECT(!plan_hopfield({32768, 4096, 768, 1, 4}, 1, 1, kDevices[1]).in_shared);
   EXPECT(plan_select(3 * 256, 32768, 4).chunks == 3);
   EXPECT(plan_attend(256, 512, 32768, 768, 4, kDevices[0]).parts == 1);
+  check_dense_choice();
   return failures != 0;
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ait
 from ait.ops import _first_use
 from tests.ops.common import needs_kernels
 
@@ -17,45 +20,68 @@ pytestmark = [needs_kernels, pytest.mark.xdist_group("cuda_on_host")]
 
 COMPARE = """
 import warnings, torch, ait
+import tests.cuda_on_host.plugin
+from tests.cuda_on_host.plugin import take_launches
 from ait.ops import reference
 from ait.ops._first_use import replace_wrong_kernels
-{load}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     wrong = replace_wrong_kernels(torch.device("cpu"), "CPU")
 print("wrong:", wrong, [str(w.message) for w in caught if "disagree" in str(w.message)])
-state, patterns = torch.randn(9, 4), torch.randn(3, 4)
-state.requires_grad_()
-out = ait.ops.hopfield_retrieve(state, patterns)[0]
-expected = reference.hopfield_retrieve(state, patterns, 1.0, 1, 0.0)[0]
-assert torch.allclose(out, expected, atol=1e-5)
-out.sum().backward()
+products = sum(launch.threads == 0 for launch in take_launches())
+print("products:", products)
+tokens, query, patterns = torch.randn(9, 4), torch.randn(2, 4), torch.randn(3, 4)
+tokens.requires_grad_()
+indices = torch.arange(5).expand(2, 5)
+out = ait.ops.hopfield_retrieve(tokens, patterns)[0], ait.ops.bottleneck_attend(query, tokens, indices)[0]
+expected = (
+    reference.hopfield_retrieve(tokens, patterns, 1.0, 1, 0.0)[0],
+    reference.bottleneck_attend(query, tokens, indices)[0],
+)
+for a, e in zip(out, expected):
+    assert torch.allclose(a, e, atol=1e-5)
+chosen = ait.ops.bottleneck_select(query[None], tokens, 4)[1]
+assert torch.equal(chosen, reference.bottleneck_select(query[None], tokens, 4, None, None)[1])
+(out[0].sum() + out[1].sum()).backward()
 assert replace_wrong_kernels(torch.device("cpu"), "CPU") == []
 """
-LOAD = "import tests.cuda_on_host.plugin"
 
 
 def test_right_kernels_agree_with_the_reference(library: Path) -> None:
-    result = run_python(library, "-c", COMPARE.format(load=LOAD))
+    result = run_python(library, "-c", COMPARE)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("wrong: [] []"), result.stdout
+    # Selection: three dtypes, of one chunk and of several; the dense path of attention, of two dtypes.
+    products = re.search(r"products: (\d+)", result.stdout)
+    assert products and int(products.group(1)) >= 9 + 10
+
+
+# Operator: what is broken on purpose, and what becomes of it.
+BROKEN = {
+    "bottleneck_select": ("three_terms.h", "return main + (second + third);", "return main + second;"),
+    "bottleneck_attend": (
+        "bottleneck_attend_kernel.h",
+        "sum = sum * factor + warp_sum(weight);",
+        "sum = sum * factor + C(1.01) * warp_sum(weight);",
+    ),
+    "dense bottleneck_attend": ("bottleneck_attend_dense_kernel.h", "if (!is_first) {", "if (is_first && total > 1) {"),
+    "hopfield_retrieve": ("hopfield_retrieve_tile.h", "row[m] = weight * scale;", "row[m] = weight * scale * C(1.01);"),
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
 def test_a_wrong_kernel_is_reported_and_replaced(
-    broken_library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    what: str, broken_library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = broken_library(
-        "hopfield_retrieve",
-        {"hopfield_retrieve_tile.h": ("row[m] = weight * scale;", "row[m] = weight * scale * C(1.01);")},
-    )
-    result = run_python(library, "-c", COMPARE.format(load=LOAD))
+    operator = what.split()[-1]
+    file, right, wrong = BROKEN[what]
+    library = broken_library(operator, {file: (right, wrong)})
+    result = run_python(library, "-c", COMPARE)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(
-        "wrong: ['hopfield_retrieve'] ['ait: on cpu the kernels of hopfield_retrieve disagree"
-    )
+    assert result.stdout.startswith(f"wrong: ['{operator}'] ['ait: on cpu the kernels of {operator} disagree")
     monkeypatch.setenv("AIT_REQUIRE_KERNELS", "1")
-    result = run_python(library, "-c", COMPARE.format(load=LOAD))
+    result = run_python(library, "-c", COMPARE)
     assert result.returncode != 0 and "AIT_REQUIRE_KERNELS=1 makes this an error" in result.stderr
 
 
@@ -69,6 +95,7 @@ def test_each_device_is_compared_once_and_never_during_graph_capture(monkeypatch
     compared: list[torch.device] = []
     capturing = [True]
     monkeypatch.setattr(_first_use, "why_no_cuda_kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_first_use, "replace_wrong_kernels", lambda device, key: compared.append(device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     _first_use._check_device.cache_clear()
@@ -86,3 +113,29 @@ def test_each_device_is_compared_once_and_never_during_graph_capture(monkeypatch
     finally:
         _first_use._check_device.cache_clear()
         _first_use._say_that_capture_skips_the_check.cache_clear()
+
+
+def test_fake_tensors_of_a_device_are_no_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_first_use, "_check", lambda device: pytest.fail("fake tensors were compared"))
+    with FakeTensorMode():
+        out, _, _ = ait.ops.hopfield_retrieve(torch.empty(4, 8, device="cuda"), torch.empty(3, 8, device="cuda"))
+    assert out.device.type == "cuda"
+
+
+def test_a_trace_that_comes_first_makes_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.device, bool]] = []
+
+    def check(device: torch.device) -> None:
+        real = type(torch.zeros(1)) is torch.Tensor
+        seen.append((device, real))
+
+    monkeypatch.setattr(_first_use, "_check", check)
+    monkeypatch.setattr(_first_use, "DEVICE_TYPE", "cpu")
+
+    def retrieve(state: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+        return ait.ops.hopfield_retrieve(state, patterns)[0]
+
+    state, patterns = torch.randn(6, 8), torch.randn(3, 8)
+    compiled = torch.compile(retrieve, fullgraph=True, backend="aot_eager")(state, patterns)
+    assert torch.equal(compiled, retrieve(state, patterns))
+    assert seen[0] == (torch.device("cpu"), True)
