@@ -1,6 +1,6 @@
 // Kernels of the dense path of bottleneck_attend, beside the library's products: between lists of
-// entries (R, k) and matrices (terms * R, chunk of the tokens). C is the compute type, W that of the
-// products' operands: bfloat16, of which three terms make a float32, or C itself.
+// entries (R, k) and matrices (terms * R, chunk of the tokens). C is the compute type, W that of
+// the products' operands: bfloat16, of which three terms make a float32, or C itself.
 #pragma once
 
 #include <cuda/device.h>
@@ -136,8 +136,7 @@ struct AttendPlaces {
 template <typename W, typename C>
 __global__ void __launch_bounds__(kAttendThreads)
     attend_dense_scatter(AttendPlan p, Array<const int64_t> indices, Array<const C> values,
-                         AttendPlaces places, int64_t first_token, int64_t chunk,
-                         Array<W> target) {
+                         AttendPlaces places, int64_t first_token, int64_t chunk, Array<W> target) {
   const int64_t row = blockIdx.x;
   for (int i = 0; i < places.copies; ++i) {
     const int64_t begin = (places.first_row[i] + row) * chunk;

@@ -19,8 +19,8 @@ __device__ inline int64_t listed_token(const Array<const int64_t>& indices, int6
   return token < num_tokens ? token : -1;
 }
 
-// dots[i] = vector (E) . token i of a tile; 0 where there is no token. By the whole block: each warp
-// has four entries.
+// dots[i] = vector (E) . token i of a tile; 0 where there is no token. By the whole block: each
+// warp has four entries.
 template <typename S, typename C>
 __device__ inline void tile_dots(const AttendPlan& p, const Array<const S>& tokens, bool aligned,
                                  const Array<int64_t>& listed, const Array<const C>& vector,
@@ -125,8 +125,8 @@ __device__ inline void load_tile(const AttendPlan& p, const Array<const int64_t>
   listed[i] = token;
 }
 
-// Whether one of `count` values is infinite or NaN. By the whole block; `scratch` holds a number for
-// each warp.
+// Whether one of `count` values is infinite or NaN. By the whole block; `scratch` holds a number
+// for each warp.
 template <typename T>
 __device__ inline bool has_non_finite(const Array<T>& values, int64_t count,
                                       const Array<int>& scratch) {

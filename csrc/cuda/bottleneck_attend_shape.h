@@ -35,9 +35,9 @@ inline AttendPlan plan_attend(int64_t num_rows, int64_t num_entries, int64_t num
   const int64_t most_parts = std::max(divide_up(num_entries, kAttendTile), int64_t{1});
   const int64_t wanted_parts =
       std::max(divide_up(kAttendWantedBlocks, std::max(num_rows, int64_t{1})), int64_t{1});
-  p.part_entries = std::max(
-      round_up(divide_up(num_entries, std::min(wanted_parts, most_parts)), kAttendTile),
-      int64_t{kAttendTile});
+  p.part_entries =
+      std::max(round_up(divide_up(num_entries, std::min(wanted_parts, most_parts)), kAttendTile),
+               int64_t{kAttendTile});
   p.parts = std::max(divide_up(num_entries, p.part_entries), int64_t{1});
   const int64_t most_bytes = std::min(limits.shared_bytes, kAttendSharedBytes);
   // Tokens, two numbers each, one for the whole tile, and one for each warp.
@@ -74,8 +74,8 @@ inline AttendDensePlan plan_attend_dense(const AttendPlan& p, AttendDtype dtype)
   d.terms = dtype == AttendDtype::bfloat16 ? 3 : 1;
   const int64_t value_size = dtype == AttendDtype::float64 ? 8 : 4;
   const int64_t row_bytes = std::max(p.num_rows * d.terms * value_size, p.width * value_size);
-  const int64_t most = std::max(kAttendDenseBytes / std::max(row_bytes, int64_t{1}) / 64 * 64,
-                                int64_t{64});
+  const int64_t most =
+      std::max(kAttendDenseBytes / std::max(row_bytes, int64_t{1}) / 64 * 64, int64_t{64});
   d.chunk_tokens = std::min(most, p.num_tokens);
   d.chunks = p.num_tokens == 0 ? 0 : divide_up(p.num_tokens, d.chunk_tokens);
   return d;
@@ -87,12 +87,14 @@ inline bool prefers_dense(const AttendPlan& p, AttendDtype dtype) {
   if (dtype == AttendDtype::float16) return false;
   const AttendDensePlan d = plan_attend_dense(p, dtype);
   const double rows = double(p.num_rows), tokens = double(p.num_tokens), width = double(p.width);
-  const double token_size = dtype == AttendDtype::bfloat16 ? 2 : (dtype == AttendDtype::float64 ? 8 : 4);
+  const double token_size =
+      dtype == AttendDtype::bfloat16 ? 2 : (dtype == AttendDtype::float64 ? 8 : 4);
   const double value_size = dtype == AttendDtype::float64 ? 8 : 4;
   const double rate = dtype == AttendDtype::bfloat16 ? kAttendTensorFlops : kAttendFlops;
   // Two products; logits written and read, weights written and read.
   const double flops = 2 * 2 * d.terms * rows * tokens * width;
-  const double bytes = 2 * rows * tokens * d.terms * (value_size + std::min(token_size, value_size));
+  const double bytes =
+      2 * rows * tokens * d.terms * (value_size + std::min(token_size, value_size));
   const double dense =
       flops / rate + bytes / kAttendMemoryBytes + kAttendLaunchSeconds * (3 + 5 * double(d.chunks));
   const double gather =

@@ -16,11 +16,21 @@ using torch::stable::transpose;
 
 constexpr const char* kName = "bottleneck_select";
 
-// Both operands as they are multiplied, and how many terms the query was split into.
+// Both operands of the products, and how many terms the query was split into.
 struct Operands {
-  Tensor query;   // (G, terms * R, d)
-  Tensor tokens;  // (T, G, d)
+  Tensor query;         // (G, terms * R, d)
+  Tensor tokens;        // (T, G, d)
+  ScalarType rounding;  // to which tokens are rounded first
+  ScalarType dtype;     // in which they are multiplied
   int terms;
+
+  // Tokens (G, d, chunk), converted chunk by chunk: all of them at once would take too much memory.
+  Tensor chunk(int64_t begin, int64_t length) const {
+    Tensor part = tokens;
+    part = contiguous_as(contiguous_as(narrow(part, 0, begin, length), rounding), dtype);
+    part = transpose(part, 0, 1);
+    return transpose(part, 1, 2);
+  }
 };
 
 Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& tokens,
@@ -28,22 +38,22 @@ Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& 
   const ScalarType dtype = compute_dtype(tokens.scalar_type());
   if (rounding != dtype && rounding != ScalarType::Double) {
     // Rounded to what was asked for. Float64 sums of rounded operands stay float64 sums.
-    const Tensor q = contiguous_as(query, rounding), x = contiguous_as(tokens, rounding);
-    if (dtype == ScalarType::Double) return {contiguous_as(q, dtype), contiguous_as(x, dtype), 1};
-    return {q, x, 1};
+    const ScalarType multiplied = dtype == ScalarType::Double ? dtype : rounding;
+    return {contiguous_as(contiguous_as(query, rounding), multiplied), tokens, rounding, multiplied,
+            1};
   }
+  // float16 is multiplied as float32: its exponents are too short for terms of a float32 query.
   if (tokens.scalar_type() != ScalarType::BFloat16) {
-    return {contiguous_as(query, dtype), contiguous_as(tokens, dtype), 1};
+    return {contiguous_as(query, dtype), tokens, dtype, dtype, 1};
   }
-  if (query.scalar_type() == ScalarType::BFloat16) {
-    return {as_contiguous(query), as_contiguous(tokens), 1};
-  }
+  constexpr ScalarType kHalf = ScalarType::BFloat16;
+  if (query.scalar_type() == kHalf) return {as_contiguous(query), tokens, kHalf, kHalf, 1};
   const Tensor whole = contiguous_as(query, ScalarType::Float);
   Tensor terms =
       new_empty(whole, {whole.size(0), 3 * whole.size(1), whole.size(2)}, ScalarType::BFloat16);
   launch(&split_in_terms<float>, std::min(divide_up(whole.numel(), 256), int64_t{1024}), 256, 0,
          input<float>(whole), whole.size(0), whole.size(1), whole.size(2), output<BFloat16>(terms));
-  return {terms, as_contiguous(tokens), 3};
+  return {terms, tokens, kHalf, kHalf, 3};
 }
 
 void check_inputs(const Tensor& query, const Tensor& tokens, const std::optional<Tensor>& mask,
@@ -97,7 +107,6 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
   const Tensor tokens_TGd =
       torch::stable::view(as_contiguous(tokens_in), {num_tokens, groups, width});
   const Operands operands = operands_of(launch, query_in, tokens_TGd, rounding);
-  Tensor tokens_GdT = transpose(transpose(operands.tokens, 0, 1), 1, 2);
   std::optional<Tensor> mask;
   if (mask_in.has_value()) mask = as_contiguous(*mask_in);
   const int64_t value_size = dtype == ScalarType::Double ? 8 : 4;
@@ -121,8 +130,7 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
       const int64_t begin = chunk * plan.chunk_tokens;
       const int64_t length = std::min(plan.chunk_tokens, num_tokens - begin);
       const bool is_last = chunk + 1 == plan.chunks;
-      const Tensor logits =
-          batched_product(operands.query, narrow(tokens_GdT, 2, begin, length), dtype);
+      const Tensor logits = batched_product(operands.query, operands.chunk(begin, length), dtype);
       const Lists& carried = turns[(chunk + 1) % 2];
       const Lists& target = is_last ? final : turns[chunk % 2];
       const SelectChunk<C> args{input<C>(logits),

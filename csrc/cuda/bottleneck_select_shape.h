@@ -28,9 +28,9 @@ inline SelectPlan plan_select(int64_t rows, int64_t num_tokens, int64_t value_si
   const int64_t by_logits = kSelectLogitBytes / value_size / std::max(rows, int64_t{1});
   const int64_t most = std::max(std::min(by_keys, by_logits) / 64 * 64, int64_t{64});
   // Chunks of like length: none of them has a short product.
-  p.chunk_tokens =
-      std::min(round_up(divide_up(num_tokens, std::max(divide_up(num_tokens, most), int64_t{1})), 64),
-               num_tokens);
+  p.chunk_tokens = std::min(
+      round_up(divide_up(num_tokens, std::max(divide_up(num_tokens, most), int64_t{1})), 64),
+      num_tokens);
   p.chunks = p.chunk_tokens == 0 ? 0 : divide_up(num_tokens, p.chunk_tokens);
   p.shared_bytes = round_up(p.chunk_tokens * value_size, 16) + kSelectBins * 4 +
                    2 * round_up(kSelectWarps * 4, 16) + 16;

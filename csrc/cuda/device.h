@@ -71,8 +71,8 @@ class SharedMemory {
   int64_t used_ = 0;
 };
 
-// Stops the kernel with a message, `format` with two integers. The call itself has returned by then:
-// torch reports a device-side assertion at the next wait, as for its own operators' indices.
+// Stops the kernel with a message, `format` with two integers. The call itself has returned by
+// then: torch reports a device-side assertion at the next wait, as for its own operators' indices.
 __device__ inline void fail(const char* format, long long first, long long second) {
   printf(format, first, second);
   __assert_fail("bad input, see the line above", "ait", 0, "kernel");

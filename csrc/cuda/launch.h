@@ -5,6 +5,7 @@
 #include <common/checks.h>
 #include <cuda/device.h>
 #include <cuda/device_limits.h>
+#include <cuda/messages.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -20,13 +21,15 @@ namespace ait::cuda {
 // A dense tensor in the memory of a CUDA device, of that of `beside` where it is given.
 inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
                         const Tensor* beside = nullptr) {
-  STD_TORCH_CHECK(
-      tensor.defined() && tensor.is_cuda() && tensor.layout() == torch::headeronly::Layout::Strided,
-      name, ": expected ", argument, " to be a dense CUDA tensor");
-  STD_TORCH_CHECK(beside == nullptr || tensor.get_device_index() == beside->get_device_index(),
-                  name, ": expected ", argument,
-                  " on device cuda:", beside == nullptr ? 0 : int(beside->get_device_index()),
-                  ", got cuda:", int(tensor.get_device_index()));
+  STD_TORCH_CHECK(tensor.defined() && tensor.layout() == torch::headeronly::Layout::Strided, name,
+                  ": expected ", argument, " to be a dense tensor");
+  const auto device_of = [](const Tensor& x) {
+    return x.is_cuda() ? int(x.get_device_index()) : -1;
+  };
+  const int device = device_of(tensor);
+  const int expected = beside == nullptr ? -1 : device_of(*beside);
+  STD_TORCH_CHECK(device >= 0 && (expected < 0 || device == expected),
+                  wrong_device(name, argument, expected, device));
 }
 
 template <typename T>
@@ -102,13 +105,11 @@ class Launcher {
   void check(cudaError_t error) const {
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
       cudaGetLastError();
-      throw std::runtime_error(
-          "ait: expected a device of compute capability " AIT_CUDA_ARCHITECTURES
-          ", for which the CUDA kernels were built, got cuda:" +
-          std::to_string(device_) + " of capability " +
-          std::to_string(attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
-          std::to_string(attribute(cudaDevAttrComputeCapabilityMinor)) +
-          "; build ait on this machine, or name the capability in TORCH_CUDA_ARCH_LIST");
+      const int major = int(attribute(cudaDevAttrComputeCapabilityMajor));
+      const int minor = int(attribute(cudaDevAttrComputeCapabilityMinor));
+      if (!is_built_for(AIT_CUDA_ARCHITECTURES, major, minor)) {
+        throw std::runtime_error(unsupported_device(AIT_CUDA_ARCHITECTURES, device_, major, minor));
+      }
     }
     STD_CUDA_CHECK(error);
   }

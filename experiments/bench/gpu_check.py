@@ -28,11 +28,11 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gpu_workloads import Workload, measured_rates, milliseconds, peak_bytes, workloads
-from setup_cuda import find_toolkit
-from timing import Spread
+from gpu_workloads import Workload, measured_rates, milliseconds, peak_bytes, workloads  # noqa: E402
+from timing import Spread  # noqa: E402
 
-from tests.cuda_on_host.selections import LEFT_OUT, SELECTIONS, STOPS_THE_DEVICE
+from setup_cuda import find_toolkit  # noqa: E402
+from tests.cuda_on_host.selections import LEFT_OUT, SELECTIONS, STOPS_THE_DEVICE  # noqa: E402
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # No CUDA graphs: the sanitizer runs without torch's cache of memory, and what is captured must not allocate.

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD_DIR = ROOT / "build" / "cuda_on_host"
 # Contraction off, as in the CPU kernels; CUDA's pragmas are unknown to the C++ compiler.
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
@@ -35,9 +35,9 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
-def _compile(source: Path, csrc: Path) -> Path:
+def _compile(source: Path, csrc: Path, optimise: str) -> Path:
     """The object of a source, compiled anew only when what it is made from has changed."""
-    command = [compiler(), *FLAGS, *STABLE_ABI, *include_flags(csrc), "-x", "c++", "-c", str(source)]
+    command = [compiler(), *FLAGS, optimise, *STABLE_ABI, *include_flags(csrc), "-x", "c++", "-c", str(source)]
     headers = [*HERE.glob("*.h"), *(HERE / "include" / "cuda").glob("*.h")]
     headers += [*(csrc / "cuda").glob("*.h"), *(csrc / "common").glob("*.h")]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
@@ -52,11 +52,13 @@ def _compile(source: Path, csrc: Path) -> Path:
     return target
 
 
-def build(sources: list[Path], csrc: Path = ROOT / "csrc") -> Path:
+def build(sources: list[Path], csrc: Path = ROOT / "csrc", optimise: str = "-O2") -> Path:
     """A library of these sources and the harness; loading it puts its operators in place of the CPU's."""
     with ThreadPoolExecutor(2) as pool:
         everything = [*sources, HERE / "runtime.cpp", HERE / "settings.cpp"]
-        objects = list(pool.map(lambda source: _compile(source, csrc), everything))
+        objects = list(
+            pool.map(lambda source: _compile(source, csrc, optimise if source in sources else "-O2"), everything)
+        )
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD_DIR / f"libcuda_on_host-{digest}.so"
     if not target.exists():

@@ -2,10 +2,12 @@
 #include <cuda/bottleneck_attend_shape.h>
 #include <cuda/bottleneck_select_shape.h>
 #include <cuda/hopfield_retrieve_shape.h>
+#include <cuda/messages.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
+#include <string>
 
 using namespace ait::cuda;
 
@@ -56,6 +58,25 @@ void check_attend(int64_t rows, int64_t entries, int64_t tokens, int64_t width,
   EXPECT(p.shared_bytes <= 48 * 1024 && (p.shared_bytes > 0 || !p.rows_in_shared || rows == 0));
 }
 
+void check_messages() {
+  const std::string usual = "8.0, 9.0, 10.0, 12.0 or newer";
+  EXPECT(is_built_for(usual, 8, 0) && is_built_for(usual, 8, 9) && is_built_for(usual, 9, 0));
+  EXPECT(is_built_for(usual, 12, 1) && is_built_for(usual, 13, 0));
+  EXPECT(!is_built_for(usual, 7, 5) && !is_built_for(usual, 11, 0));
+  EXPECT(!is_built_for("9.0", 10, 0) && !is_built_for("8.6", 8, 0) && !is_built_for("", 9, 0));
+  EXPECT(
+      unsupported_device(usual, 1, 7, 5) ==
+      "ait: expected a device of compute capability 8.0, 9.0, 10.0, 12.0 or newer, for which the "
+      "CUDA kernels were built, got cuda:1 of capability 7.5; build ait on this machine, or name "
+      "the capability in TORCH_CUDA_ARCH_LIST");
+  EXPECT(wrong_device("op", "patterns", 1, 0) ==
+         "op: expected patterns on cuda:1, got a tensor on cuda:0");
+  EXPECT(wrong_device("op", "patterns", 1, -1) ==
+         "op: expected patterns on cuda:1, got a tensor on no CUDA device");
+  EXPECT(wrong_device("op", "query", -1, -1) ==
+         "op: expected query on a CUDA device, got a tensor on no CUDA device");
+}
+
 void check_dense_choice() {
   const auto prefers = [](int64_t rows, int64_t entries, int64_t tokens, int64_t width,
                           AttendDtype dtype) {
@@ -71,8 +92,8 @@ void check_dense_choice() {
     EXPECT(!prefers(256, 1024, 32768, 768, dtype));
     EXPECT(prefers(256, 8192, 32768, 768, dtype));  // one token in four
     EXPECT(prefers(256, 16384, 32768, 768, dtype));
-    EXPECT(prefers(256, 4096, 8192, 256, dtype));  // in tests/gpu
-    EXPECT(!prefers(8, 10, 20, 16, dtype));        // launches cost more than they save
+    EXPECT(prefers(256, 4096, 8192, 256, dtype));        // in tests/gpu
+    EXPECT(!prefers(8, 10, 20, 16, dtype));              // launches cost more than they save
     EXPECT(!prefers(256, 512, 3'000'000, 1536, dtype));  // T E > 2^31
     EXPECT(prefers(256, 1'500'000, 3'000'000, 1536, dtype));
     EXPECT(!prefers(0, 4, 9, 8, dtype) && !prefers(3, 0, 9, 8, dtype));
@@ -120,5 +141,6 @@ int main() {
   EXPECT(plan_select(3 * 256, 32768, 4).chunks == 3);
   EXPECT(plan_attend(256, 512, 32768, 768, 4, kDevices[0]).parts == 1);
   check_dense_choice();
+  check_messages();
   return failures != 0;
 }

@@ -90,12 +90,24 @@ SLIPS = {
     "bottleneck_attend": {
         "removed barrier": (
             "bottleneck_attend_kernel.h",
-            "row, part, listed);\n  __syncthreads();\n  part_dots",
-            "row, part, listed);\n  part_dots",
+            "listed);\n    __syncthreads();\n    tile_dots",
+            "listed);\n    tile_dots",
             "conflict|uninitialised",
+        ),
+        "removed barrier at the end of a tile": (
+            "bottleneck_attend_kernel.h",
+            "sums, a.query_aligned);\n    __syncthreads();\n  }",
+            "sums, a.query_aligned);\n  }",
+            "conflict",
         ),
     },
     "bottleneck_select": {
+        "two threads write the same": (
+            "bottleneck_select_kernel.h",
+            "if (threadIdx.x == 0) a.counts[row] = kept;",
+            "if (threadIdx.x <= 1) a.counts[row] = kept;",
+            "conflict",
+        ),
         "removed barrier": (
             "bottleneck_select_kernel.h",
             "histogram[bin] = 0;\n    __syncthreads();",
@@ -126,7 +138,8 @@ SLIPS = {
 }
 CALLS = {
     "bottleneck_attend": (
-        "ait.ops.bottleneck_attend(torch.randn(2, 8), torch.randn(40, 8), torch.arange(0, 40, 2).repeat(2, 1))"
+        # Several parts of several tiles.
+        "ait.ops.bottleneck_attend(torch.randn(200, 8), torch.randn(200, 8), torch.arange(0, 200, 2).repeat(200, 1))"
     ),
     "bottleneck_select": "ait.ops.bottleneck_select(torch.randn(1, 3, 4), torch.randn(900, 4), 20)",
     "hopfield_retrieve": "ait.ops.hopfield_retrieve(torch.randn(40, 24), torch.randn(5, 24))",

@@ -98,6 +98,28 @@ def test_dense_and_gathered_attention_agree_whatever_unlisted_tokens_hold(librar
     assert result.returncode == 0, result.stderr
 
 
+def conditional_lines(text: str) -> list[str]:
+    """Lines that leave text out for one compiler or the other."""
+    return re.findall(r"(?m)^\s*#\s*(?:if|ifdef|ifndef|elif|else)\b.*$", text)
+
+
+def test_a_branch_for_the_host_alone_would_be_found() -> None:
+    assert conditional_lines("#ifdef threadIdx\n  __syncthreads();\n#endif\n") == ["#ifdef threadIdx"]
+    assert conditional_lines("  # if defined(__CUDACC__)\n#pragma unroll\n") == ["  # if defined(__CUDACC__)"]
+
+
+# What waits for the device, allocates beside torch's cache, or hands a value to the host: none of it can be captured.
+WAITING = (
+    r"cuda\w*Synchronize|cudaMalloc|cudaFree|cudaMemcpy|cudaEvent|StreamQuery|\bitem\b|local_scalar|const_data_ptr<"
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cuda").glob("*.*")), ids=lambda path: path.name)
+def test_nothing_waits_for_the_device_so_that_graphs_can_be_captured(path: Path) -> None:
+    if path.suffix != ".md":
+        assert not re.findall(WAITING, path.read_text())
+
+
 @pytest.mark.parametrize("path", KERNEL_HEADERS, ids=lambda path: path.name)
 def test_kernel_bodies_are_the_same_text_for_both_compilers(path: Path) -> None:
     pending, seen = [path], set()
@@ -109,6 +131,8 @@ def test_kernel_bodies_are_the_same_text_for_both_compilers(path: Path) -> None:
         text = header.read_text()
         included = re.findall(r'#include ["<](?:cuda/)?([a-z_]+\.h)[">]', text)
         pending += [header.parent / name for name in included if (header.parent / name).exists()]
+        # Nor may anything else than a compiler's own macro decide, such as a name that the harness defines.
+        assert conditional_lines(text) == [], header.name
         body = re.sub(r"(?m)^#include.*$", "", text)
         results = []
         for macros in ([], ["-D__CUDACC__", "-D__NVCC__", "-D__CUDA_ARCH__=900"]):

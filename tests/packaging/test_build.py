@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ait.ops import _library, reference
 from ait.ops._library import SCHEMAS, kernel_library_path
 from tests.distributions import ROOT, Environment, run
 
@@ -26,8 +30,6 @@ def build(source: Path, *command: str, **variables: str) -> subprocess.Completed
 
 
 def test_schemas_in_python_are_those_of_the_library() -> None:
-    import torch
-
     for name, schema in SCHEMAS.items():
         assert str(getattr(torch.ops.ait, name).default._schema) == f"ait::{name}{schema}"
 
@@ -102,6 +104,46 @@ def test_devices_without_kernels_can_be_made_an_error() -> None:
     strict = run([sys.executable, "-c", script], cwd=ROOT, env={**quiet, "AIT_REQUIRE_KERNELS": "1"}).stdout
     assert "error: ait runs its reference operators" in strict
     assert "0 warnings" in strict
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_build_without_cuda_given_cuda_tensors_runs_the_reference_and_says_how_to_help(
+    required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Registered:
+        def impl(self, name: str, function: Callable[..., object], key: str) -> None:
+            self.function, self.key = function, key
+
+    if _library.is_pure_python():
+        pytest.skip("the reference was asked for")
+    from ait._build_info import BUILD_INFO
+
+    registered = Registered()
+    monkeypatch.setattr(_library, "LIBRARY", registered)
+    monkeypatch.setitem(BUILD_INFO, "cuda_version", None)
+    monkeypatch.setitem(BUILD_INFO, "cuda", "not built: no CUDA toolkit found")
+    monkeypatch.delenv("AIT_REQUIRE_KERNELS", raising=False)
+    if required:
+        monkeypatch.setenv("AIT_REQUIRE_KERNELS", "1")
+    _library._announce_reference.cache_clear()
+    try:
+        _library.register_reference("hopfield_retrieve", reference.hopfield_retrieve)
+        assert registered.key == "CompositeExplicitAutograd"  # every device without a kernel of its own
+        with FakeTensorMode():
+            arguments = torch.zeros(4, 8, device="cuda"), torch.zeros(3, 8, device="cuda"), 1.0, 1, 0.0
+            message = "reference operators.*on 'cuda': kernels not built: no CUDA toolkit found .see ait.show_config"
+            if required:
+                with pytest.raises(RuntimeError, match=message + ".*AIT_REQUIRE_KERNELS=1 makes this an error"):
+                    registered.function(*arguments)
+                return
+            with pytest.warns(RuntimeWarning, match=message):
+                out, _, _ = registered.function(*arguments)
+            assert out.device.type == "cuda"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                registered.function(*arguments)
+    finally:
+        _library._announce_reference.cache_clear()
 
 
 needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
