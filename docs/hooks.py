@@ -1,4 +1,4 @@
-"""Makes the docstrings' reStructuredText, which editors and ``help()`` show, readable on the site; adds the notebooks."""
+"""What the site needs beyond its pages: readable docstrings, tables of what was measured, and the notebooks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,44 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
 LITERAL_BLOCK = re.compile(r"<p>::</p>\s*")
 COLONS_BEFORE_BLOCK = re.compile(r"::</p>")
+MEASURED = re.compile(r"^\{\{ ([\w-]+): (.*) \}\}$", re.MULTILINE)
+RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """``{{ file: beginning | beginning }}`` becomes the rows of ``experiments/results/file.md`` that begin so."""
+    return MEASURED.sub(lambda match: measured(match[1], match[2].split(" | ")), markdown)
+
+
+def measured(name: str, beginnings: list[str]) -> str:
+    """Machine, and a table of what was measured, the ratio, and notes.
+
+    Raises:
+        ValueError: no row begins with one of ``beginnings``.
+    """
+    machine, _, *lines = (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.removeprefix("|").removesuffix("|").split("|") for line in lines[2:] if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in cells]
+    table = [
+        f"*{machine}*",
+        "",
+        "| what | median (quartiles) | achieved | baseline, or note | shape |",
+        "|---|---|---|---|---|",
+    ]
+    for beginning in beginnings:
+        chosen = [row for row in rows if row[0].startswith(beginning)]
+        if not chosen:
+            raise ValueError(f"docs: expected a row that begins with {beginning!r} in results/{name}.md, got none")
+        for what, ratio, _gate, _verdict, achieved, note, shape in chosen:
+            table.append(f"| {what} | {ratio} | {achieved} | {note} | {shape} |")
+    return "\n".join(table)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """``:class:`Name``` becomes code, and ``::`` before a block of code a colon, or nothing."""
+    """``:class:`Name``` becomes code, and ``::`` before a block of code a colon, or nothing.
+
+    Docstrings have these for editors and ``help()``, which read reStructuredText.
+    """
     html = ROLE.sub(r"<code>\1</code>", html)
     return COLONS_BEFORE_BLOCK.sub(":</p>", LITERAL_BLOCK.sub("", html))
 
