@@ -103,9 +103,7 @@ def _while_recording(recorder: Recorder) -> Iterator[Trace]:
 class Recorder:
     """:func:`record` in two calls, for loggers: ``start()`` and ``stop()``, any number of times.
 
-    Args:
-        model, layers, write, attention, energy_steps, keep_tokens, keep_inputs, max_passes, device, detach: see
-            :func:`record`.
+    The arguments are those of :func:`record`; what is recorded fills ``trace``.
 
     Raises:
         ValueError: as :func:`record`.
