@@ -30,6 +30,39 @@ def test_all_pages_with_examples_are_found():
     assert len(BLOCKS) > 10
 
 
+@pytest.fixture
+def docs_folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+
+
+def test_figures_are_drawn_by_their_script_and_small(docs_folder, tmp_path):
+    for package in ("matplotlib", "safetensors", "sklearn"):
+        pytest.importorskip(package)
+    import figures
+
+    figures.main(tmp_path, steps=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    kept = {path.name: path.stat().st_size for path in figures.FOLDER.iterdir()}
+    assert kept.keys() == names and max(kept.values()) < 200_000
+    page = (ROOT / "docs" / "layer.md").read_text()
+    assert all(f"](figures/{name})" in page for name in names)
+
+
+def test_performance_shows_rows_of_the_results_and_no_number_of_its_own(docs_folder):
+    import hooks
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    shown = hooks.on_page_markdown(page)
+    assert "{{" not in shown
+    rows = [line for line in shown.splitlines() if line.startswith("| ") and "median" not in line]
+    results = "".join(path.read_text() for path in hooks.RESULTS.glob("operators*.md"))
+    assert len(rows) > 20 and all(row.split(" | ")[1] in results for row in rows)
+    prose = hooks.MEASURED.sub("", re.sub(r"```.*?```|`[^`]*`", "", page, flags=re.DOTALL))
+    assert re.findall(r"\d+\.\d+", prose) == []
+    with pytest.raises(ValueError, match="a row that begins with 'no such'"):
+        hooks.measured("operators", ["no such"])
+
+
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
@@ -39,3 +72,6 @@ def test_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "site" / "reference" / "layer" / "index.html").read_text()
     assert "num_slots" in page and "key_padding_mask" in page  # docstrings reached the site
     assert ":class:" not in page and ":func:" not in page
+    for name, words in {"recording": "slot_perplexity", "viz": "plot_rollout"}.items():
+        assert words in (tmp_path / "site" / "reference" / name / "index.html").read_text()
+    assert "GFLOP/s" in (tmp_path / "site" / "performance" / "index.html").read_text()
