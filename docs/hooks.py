@@ -14,7 +14,7 @@ ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
 LITERAL_BLOCK = re.compile(r"<p>::</p>\s*")
 COLONS_BEFORE_BLOCK = re.compile(r"::</p>")
 MEASURED = re.compile(r"^\{\{ ([\w-]+): (.*) \}\}$", re.MULTILINE)
-RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+RESULTS = NOTEBOOKS.parent / "experiments" / "results"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
