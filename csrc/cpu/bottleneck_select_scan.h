@@ -27,7 +27,7 @@ struct ScanBuffers {
         copy_stride(stride_of_copies(round_up(tile_width(problem, num_rows), Vec<C>::size))),
         panels(arena.take<E>(padded_rows * padded_width)),
         copied_tokens(arena.take<E>(round_up(problem.tile_tokens, kStepTokens) * copy_stride)),
-        tile_tokens(arena.take<int32_t>(problem.tile_tokens)),
+        tile_tokens(arena.take<int32_t>(round_up(problem.tile_tokens, kStepTokens))),
         unpacked(arena.take<E>(padded_width)),
         thresholds(arena.take<C>(padded_rows)),
         open_rows(arena.take<uint64_t>(padded_rows)),
@@ -116,11 +116,24 @@ class Scan {
     }
   }
 
+  // Lists are filled side by side, a few entries each: more places than the processor foresees.
+  // Beside a product that is little; for logits that are there it would be waited for.
+  void fetch(const List<C>& list) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = 0; i < candidates_.capacity; i += kLine / int64_t(sizeof *list.keys)) {
+      __builtin_prefetch(list.keys + i, 1, 2);
+    }
+    for (int64_t i = 0; i < candidates_.capacity; i += kLine / int64_t(sizeof *list.tokens)) {
+      __builtin_prefetch(list.tokens + i, 1, 2);
+    }
+  }
+
   void open_lists() {
     for (int64_t row = 0; row < task_.num_rows; ++row) {
       const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
-      buffers_.lists[row] = {candidates_.keys + first, candidates_.tokens + first, 0,
-                             kBelowAllKeys<C>};
+      List<C>& list = buffers_.lists[row];
+      list = {candidates_.keys + first, candidates_.tokens + first, 0, kBelowAllKeys<C>};
+      if (problem_.elementwise) fetch(list);
     }
     for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
       // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
@@ -174,6 +187,7 @@ class Scan {
       buffers_.tile_tokens[n++] = int32_t(token);
     }
     const int64_t missing = round_up(n, kStepTokens) - n;
+    std::memset(buffers_.tile_tokens + n, 0, size_t(missing) * sizeof *buffers_.tile_tokens);
     std::memset(buffers_.copied_tokens + n * stride, 0, size_t(missing * stride) * sizeof(E));
     tile_ = buffers_.copied_tokens;
     tile_stride_ = stride;
@@ -199,11 +213,11 @@ class Scan {
       const E* tile = tile_ + t * tile_stride_;
       const int32_t* tokens = buffers_.tile_tokens + t;
       const int64_t num_tokens = smaller(kStepTokens, tile_size_ - t);
-      const bool fits = fits_uncut_lists(row, num_tokens);
+      const bool fits = fits_uncut_lists(row);
       if constexpr (kIsExact) {
         if (problem_.elementwise && !fits) {
-          multiply_and_filter<kVectors>(tile + row, tokens, num_tokens, row);
-          continue;
+          multiply_and_filter<kVectors>(tile + row, tokens, tile_size_ - t, row);
+          return;
         }
         if (problem_.elementwise)
           multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
@@ -220,9 +234,9 @@ class Scan {
   }
 
   // Until their lists are full for the first time all rows of a panel take all tokens.
-  bool fits_uncut_lists(int64_t first_row, int64_t num_tokens) const {
+  bool fits_uncut_lists(int64_t first_row) const {
     const List<C>& list = buffers_.lists[first_row];
-    return list.threshold == kBelowAllKeys<C> && list.count + num_tokens < candidates_.capacity;
+    return list.threshold == kBelowAllKeys<C> && list.count + kStepTokens < candidates_.capacity;
   }
 
   template <int kVectors>
@@ -232,8 +246,12 @@ class Scan {
     for (int64_t i = 0; i < kStepTokens * kRows; ++i) keys[i] = to_key(logits[i]);
     for (int64_t r = 0; r < smaller(kRows, task_.num_rows - first_row); ++r) {
       List<C>& list = buffers_.lists[first_row + r];
-      for (int64_t t = 0; t < num_tokens; ++t) list.keys[list.count + t] = keys[t * kRows + r];
-      for (int64_t t = 0; t < num_tokens; ++t) list.tokens[list.count + t] = tokens[t];
+      // Whole steps, in a few wide writes; what they put behind the last token is overwritten.
+      SelectKey<C> own[kStepTokens];
+#pragma GCC unroll 16
+      for (int64_t t = 0; t < kStepTokens; ++t) own[t] = keys[t * kRows + r];
+      std::memcpy(list.keys + list.count, own, sizeof own);
+      std::memcpy(list.tokens + list.count, tokens, kStepTokens * sizeof *tokens);
       list.count += num_tokens;
     }
   }

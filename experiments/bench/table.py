@@ -25,6 +25,17 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The least time in which the processor can do what must be done, measured in the same rounds."""
+
+    what: str  # what takes that time
+    fraction: Spread  # that time divided by the time taken
+
+    def __str__(self) -> str:
+        return f"{100 * self.fraction.median:.0f} % of {self.what}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table."""
 
@@ -32,6 +43,7 @@ class Row:
     ratio: Spread
     target: Target | None = None
     achieved: str = ""  # what the machine did: GFLOP/s, GB/s, milliseconds
+    limit: Limit | None = None
     note: str = ""
     shape: str = ""
 
@@ -48,18 +60,25 @@ class Row:
     def plain(self) -> str:
         """For the terminal."""
         target = "" if self.target is None else str(self.target)
+        limit = "" if self.limit is None else str(self.limit)
         note = ", ".join(part for part in (self.note, self.shape) if part)
-        return f"{self.what:<52}{self.ratio!s:<26}{target:<15}{self.verdict:<8}{self.achieved:<24}{note}".rstrip()
+        measured = f"{self.what:<52}{self.ratio!s:<26}{target:<15}{self.verdict:<8}{self.achieved:<26}"
+        return f"{measured}{limit:<34}{note}".rstrip()
 
     def markdown(self) -> str:
         """For a README."""
         target = "" if self.target is None else str(self.target)
-        cells = (self.what, str(self.ratio), target, self.verdict.lower(), self.achieved, self.note, self.shape)
+        limit = "" if self.limit is None else str(self.limit)
+        cells = (self.what, str(self.ratio), target, self.verdict.lower(), self.achieved, limit, self.note, self.shape)
         return "| " + " | ".join(cells) + " |"
 
 
-PLAIN_HEADER = f"{'what':<52}{'median (quartiles)':<26}{'gate (reach)':<15}{'':<8}{'achieved':<24}note"
-MARKDOWN_HEADER = "| what | median (quartiles) | gate (reach) | | achieved | note | shape |\n" + "| --- " * 7 + "|"
+PLAIN_HEADER = (
+    f"{'what':<52}{'median (quartiles)':<26}{'gate (reach)':<15}{'':<8}{'achieved':<26}{'of the limit':<34}note"
+)
+MARKDOWN_HEADER = (
+    "| what | median (quartiles) | gate (reach) | | achieved | of the limit | note | shape |\n" + "| --- " * 8 + "|"
+)
 
 
 def gflops(flops: float, seconds: float) -> str:
