@@ -15,6 +15,7 @@ struct List {
   SelectKey<C>* keys;
   int32_t* tokens;
   int64_t count;
+  int64_t full;            // the count at which it is cut
   SelectKey<C> threshold;  // as many as k of those seen have this key or a larger one
 };
 
@@ -70,7 +71,9 @@ class Scan {
                            problem.token_stride * int64_t(sizeof(E)) % 2048 != 0 &&
                            (!problem.elementwise || task.num_rows % kLanes == 0)),
         worth_prefetching_(!problem.elementwise &&
-                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)) {}
+                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)),
+        first_full_(problem.elementwise ? smaller(candidates.capacity, problem.k + 64)
+                                        : candidates.capacity) {}
 
   SelectStatistics run() {
     pack_query();
@@ -120,10 +123,10 @@ class Scan {
   // Beside a product that is little; for logits that are there it would be waited for.
   void fetch(const List<C>& list) const {
     constexpr int64_t kLine = 64;
-    for (int64_t i = 0; i < candidates_.capacity; i += kLine / int64_t(sizeof *list.keys)) {
+    for (int64_t i = 0; i < first_full_; i += kLine / int64_t(sizeof *list.keys)) {
       __builtin_prefetch(list.keys + i, 1, 2);
     }
-    for (int64_t i = 0; i < candidates_.capacity; i += kLine / int64_t(sizeof *list.tokens)) {
+    for (int64_t i = 0; i < first_full_; i += kLine / int64_t(sizeof *list.tokens)) {
       __builtin_prefetch(list.tokens + i, 1, 2);
     }
   }
@@ -132,7 +135,7 @@ class Scan {
     for (int64_t row = 0; row < task_.num_rows; ++row) {
       const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
       List<C>& list = buffers_.lists[row];
-      list = {candidates_.keys + first, candidates_.tokens + first, 0, kBelowAllKeys<C>};
+      list = {candidates_.keys + first, candidates_.tokens + first, 0, first_full_, kBelowAllKeys<C>};
       if (problem_.elementwise) fetch(list);
     }
     for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
@@ -236,7 +239,7 @@ class Scan {
   // Until their lists are full for the first time all rows of a panel take all tokens.
   bool fits_uncut_lists(int64_t first_row) const {
     const List<C>& list = buffers_.lists[first_row];
-    return list.threshold == kBelowAllKeys<C> && list.count + kStepTokens < candidates_.capacity;
+    return list.threshold == kBelowAllKeys<C> && list.count + kStepTokens < list.full;
   }
 
   template <int kVectors>
@@ -336,7 +339,7 @@ class Scan {
     list.keys[list.count] = key;
     list.tokens[list.count] = token;
     // A list that holds no more than k even when full holds all tokens of the range.
-    if (++list.count == candidates_.capacity && list.count > problem_.k) {
+    if (++list.count == list.full && list.count > problem_.k) {
       cut(row, problem_.k + (candidates_.capacity - problem_.k) / 4);
     }
   }
@@ -346,6 +349,7 @@ class Scan {
     List<C>& list = buffers_.lists[row];
     const Kept<C> kept = keep_largest<C>(list.keys, list.tokens, list.count, problem_.k, most);
     list.count = kept.count;
+    list.full = candidates_.capacity;
     list.threshold = kept.smallest;
     buffers_.thresholds[row] = to_logit<C>(kept.smallest);
     statistics_.cuts_in_ties += kept.in_ties;
@@ -364,6 +368,7 @@ class Scan {
   Prefetcher prefetcher_;
   const bool can_read_in_place_;  // 2 KiB apart they would compete for the same cache sets
   const bool worth_prefetching_;
+  const int64_t first_full_;
   const E* tile_ = nullptr;
   int64_t tile_stride_ = 0, tile_size_ = 0;
   SelectStatistics statistics_{};
