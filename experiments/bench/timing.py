@@ -46,22 +46,32 @@ class Rounds:
         pairs = zip(self.seconds[whole], self.seconds[part], strict=True)
         return Rounds(self.seconds | {name: [all_of_it - one for all_of_it, one in pairs]})
 
+    def with_sum(self, name: str, *parts: str) -> Rounds:
+        """These rounds and a further function: what ``parts`` took together in the same round."""
+        return Rounds(self.seconds | {name: [sum(each) for each in zip(*(self.seconds[p] for p in parts), strict=True)]})
+
     def fastest(self, *names: str) -> str:
         """The one of ``names`` with the least median time."""
         return min(names, key=lambda name: self.time(name).median)
 
 
-def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Rounds:
-    """Runs all functions once a round, ``A B A B ...``; a round's order alternates.
+def by_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, alternating: bool = True
+) -> Rounds:
+    """Runs all functions once a round.
 
     Args:
         functions: what to time, by name.
         rounds: how many times each is timed.
         warm_up: rounds before, which are not timed (compilers, caches, allocators).
+        alternating: every second round in reverse order (``A B B A ...``), so that no function always has the same
+            one before it; else ``A B A B ...``, where what the one before leaves in the cache matters.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warm_up + rounds):
-        order = list(functions) if round_index % 2 == 0 else list(reversed(functions))
+        order = list(functions)
+        if alternating and round_index % 2 == 1:
+            order.reverse()
         for name in order:
             start = time.perf_counter()
             functions[name]()
