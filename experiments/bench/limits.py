@@ -25,9 +25,9 @@ def retrieval_flops(tokens: int, dim: int, slots: int, steps: int, backward: boo
 
 
 def fresh_pages(num_bytes: int) -> None:
-    """Takes memory for a result from the system, in huge pages where there are, has all threads make it clear, returns it.
+    """Takes memory from the system, in huge pages where there are, has all threads touch it, and gives it back.
 
-    What any result costs that is too large for the allocator to keep.
+    That is what a result costs which is too large for the allocator to keep: the system clears its pages.
     """
     page = 4096
     with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:

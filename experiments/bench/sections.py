@@ -11,8 +11,8 @@ from typing import Any
 import baselines
 import torch
 import torch._functorch.config
-from peak_memory import peak_bytes
 from limits import fresh_pages, read_all, retrieval_flops
+from peak_memory import peak_bytes
 from table import Limit, Row, Target, gflops, gigabytes
 from timing import Spread, by_turns
 from workloads import Problem, Shape, distributions, training_step

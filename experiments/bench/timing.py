@@ -48,7 +48,9 @@ class Rounds:
 
     def with_sum(self, name: str, *parts: str) -> Rounds:
         """These rounds and a further function: what ``parts`` took together in the same round."""
-        return Rounds(self.seconds | {name: [sum(each) for each in zip(*(self.seconds[p] for p in parts), strict=True)]})
+        return Rounds(
+            self.seconds | {name: [sum(each) for each in zip(*(self.seconds[p] for p in parts), strict=True)]}
+        )
 
     def fastest(self, *names: str) -> str:
         """The one of ``names`` with the least median time."""

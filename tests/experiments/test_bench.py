@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from baselines import batched_write, gram_retrieve, ours_write, plain_retrieve, published_write
+from limits import EXP_FLOPS, fresh_pages, read_all, retrieval_flops
 from peak_memory import peak_bytes
 from sections import SECTIONS, Config
-from table import Row, Target
+from table import Limit, Row, Target
 from timing import Rounds, Spread, by_turns
 from workloads import distributions
 
@@ -59,6 +60,12 @@ def test_by_turns_alternates_and_does_not_count_the_warm_up():
     assert len(rounds.seconds["a"]) == len(rounds.seconds["b"]) == 2
 
 
+def test_by_turns_keeps_its_order_on_request():
+    calls: list[str] = []
+    by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, warm_up=1, alternating=False)
+    assert calls == ["a", "b"] * 3
+
+
 def test_ratio_is_taken_within_each_round():
     rounds = Rounds({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 3.0]})
     assert rounds.ratio("a", "b") == Spread(median=1.0, low=0.75, high=1.5)
@@ -83,7 +90,34 @@ def test_difference_is_taken_within_each_round():
 def test_verdict_follows_the_gate(target, value, verdict):
     row = Row("what", Spread(value, value, value), target)
     assert row.verdict == verdict == row.record()["verdict"]
-    assert row.markdown().count("|") == 8
+    assert row.markdown().count("|") == 9
+
+
+def test_sum_is_taken_within_each_round():
+    rounds = Rounds({"products": [3.0, 30.0], "pages": [1.0, 10.0]}).with_sum("limit", "products", "pages")
+    assert rounds.seconds["limit"] == [4.0, 40.0]
+
+
+def test_limit_tells_the_share_that_is_reached():
+    limit = Limit("reading, 20.0 GB/s", Spread(0.75, 0.7, 0.8))
+    row = Row("what", Spread(4.0, 3.0, 5.0), Target(">=", 5), "15.0 GB/s", limit)
+    assert "| 75 % of reading, 20.0 GB/s |" in row.markdown() and "75 % of reading" in row.plain()
+    assert row.record()["limit"]["fraction"]["median"] == 0.75
+
+
+def test_operations_of_the_retrieval_are_those_of_its_products():
+    # T = 3, E = 5, M = 2: products of 60 operations with the patterns, of 24 with their Gram matrix, 6 exponentials.
+    assert retrieval_flops(3, 5, 2, 1, backward=False) == 2 * 60 + 6 * EXP_FLOPS
+    assert retrieval_flops(3, 5, 2, 4, backward=False) == 2 * 60 + 3 * 24 + 24 * EXP_FLOPS
+    assert retrieval_flops(3, 5, 2, 4, backward=True) == 5 * 60 + 9 * 24 + 24 * EXP_FLOPS
+
+
+def test_fresh_pages_are_all_touched_and_given_back():
+    peak = peak_bytes(lambda: fresh_pages(64 << 20))
+    if peak is None:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    assert 60 << 20 < peak < 80 << 20
+    assert read_all(torch.tensor([[1.0, 3.0], [2.0, 0.0]])) == 3
 
 
 def test_peak_memory_counts_what_is_freed_before_the_end():

@@ -92,7 +92,7 @@ def test_selection_is_the_stable_sort_of_its_logits(dtype: torch.dtype, shape: t
         for k in (1, 7, max(1, num_tokens // 3), num_tokens + 1):
             on_device = None if mask is None else mask.cuda()
             actual = [x.cpu() for x in ait.ops.bottleneck_select(query, tokens, k, on_device)]
-            expected_values, expected_indices = select_tests.first_of_stable_sort(logits.cpu(), k, mask)
+            expected_values, expected_indices = select_tests.StableSort(logits.cpu(), mask).first(k)
             assert torch.equal(actual[1], expected_indices)
             assert_same_bits(actual[0], expected_values)
 

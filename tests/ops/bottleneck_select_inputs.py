@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 import ait
-from ait.ops import reference
 from ait.ops._library import is_pure_python
 from tests.ops.common import assert_same_bits, generator
 
@@ -43,13 +44,27 @@ def random_mask(num_tokens: int, share: float = 0.4) -> Tensor:
     return torch.rand(num_tokens, generator=generator(num_tokens)) < share
 
 
-def first_of_stable_sort(logits_GRT: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What selection from these logits must give: the definition, without a product."""
-    groups, rows, num_tokens = logits_GRT.shape
-    one_row_a_group = logits_GRT.new_ones(groups * rows, 1, 1)
-    tokens = logits_GRT.flatten(0, 1).T.reshape(num_tokens, groups * rows, 1)
-    values, indices = reference.bottleneck_select(one_row_a_group, tokens, k, mask)
-    return values.view(groups, rows, min(k, num_tokens)), indices.view(groups, rows, min(k, num_tokens))
+class StableSort:
+    """What selection from given logits must give: the first of a stable descending sort, which is done once for all k.
+
+    PyTorch's sort puts NaN, of which all count as one value, before everything else.
+    """
+
+    def __init__(self, logits_GRT: Tensor, mask: Tensor | None = None) -> None:
+        self.logits = logits_GRT
+        num_tokens = logits_GRT.shape[-1]
+        unmasked = torch.arange(num_tokens) if mask is None else torch.nonzero(~mask).squeeze(1)
+        self.order = unmasked[torch.sort(logits_GRT[..., unmasked], dim=-1, descending=True, stable=True).indices]
+
+    def first(self, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices ``(G, R, min(k, T))``, ascending in the index; -inf and -1 where there are too few."""
+        width = min(k, self.logits.shape[-1])
+        best = self.order[..., :width]
+        chosen = torch.zeros(self.logits.shape, dtype=torch.bool).scatter_(-1, best, True)
+        indices = torch.nonzero(chosen)[:, -1].view(best.shape)
+        padding = (0, width - best.shape[-1])
+        values = torch.nn.functional.pad(self.logits.gather(-1, indices), padding, value=-math.inf)
+        return values, torch.nn.functional.pad(indices, padding, value=-1)
 
 
 def select_logits(logits: list[float] | Tensor, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,12 @@ def lesser_capabilities() -> list[str]:
     return list(CAPABILITIES[:best])
 
 
-def run_tests_at_capability(test_file: str, capability: str, expression: str) -> None:
-    """Runs the tests of ``test_file`` that ``expression`` names in a process limited to an instruction set."""
+def run_tests_at_capability(test_files: list[str], capability: str, expression: str) -> None:
+    """Runs the tests of ``test_files`` that ``expression`` names in a process limited to an instruction set.
+
+    It must run at least one, and tell that the limit holds: one of the files has a test named
+    ``test_the_expected_instruction_set_runs`` that calls :func:`assert_expected_instruction_set`.
+    """
     environment = {
         **os.environ,
         "ATEN_CPU_CAPABILITY": "default" if capability == "baseline" else capability,
@@ -87,7 +91,7 @@ def run_tests_at_capability(test_file: str, capability: str, expression: str) ->
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [*command, test_file, "-k", f"({expression}) or the_expected_instruction_set"],
+        [*command, *test_files, "-k", f"({expression}) or the_expected_instruction_set"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

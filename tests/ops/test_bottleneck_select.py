@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from ait.ops import reference
 from tests.ops import common
 from tests.ops.bottleneck_select_inputs import (
     SHAPES,
-    first_of_stable_sort,
+    StableSort,
     multiplies_bfloat16,
     random_mask,
     sample_inputs,
@@ -46,9 +45,10 @@ def test_logits_match_and_the_selection_is_their_stable_sort(dtype: torch.dtype,
         expected = torch.einsum("grd,tgd->grt", query.double(), tokens.double())
         assert_close(logits, expected, f"logits, query {query_dtype}")
         for mask in (None, random_mask(num_tokens)):
+            stable_sort = StableSort(logits, mask)
             for k in ks_for(num_tokens):
                 values, indices = ait.ops.bottleneck_select(query, tokens, k, mask)
-                expected_values, expected_indices = first_of_stable_sort(logits, k, mask)
+                expected_values, expected_indices = stable_sort.first(k)
                 assert torch.equal(indices, expected_indices), f"k = {k}"
                 assert_same_bits(values, expected_values, f"values, k = {k}")
 
@@ -99,7 +99,7 @@ def test_selection_dtype_rounds_both_operands(dtype: torch.dtype, selection_dtyp
             # Other sums than those of float32: only close, and the selection is that of the logits themselves.
             logits, _ = ait.ops.bottleneck_select(query, tokens, 150, None, selection_dtype)
             assert_close(logits, ait.ops.bottleneck_select(*rounded, 150)[0], "logits")
-            expected = first_of_stable_sort(logits, 13)
+            expected = StableSort(logits).first(13)
         else:
             expected = ait.ops.bottleneck_select(*rounded, 13)
         for a, e in zip(actual, expected, strict=True):
@@ -236,13 +236,6 @@ def test_compiled_equals_eager_with_dynamic_sizes() -> None:
         args = query, tokens, k, random_mask(num_tokens)
         for actual, expected in zip(compiled(*args), select(*args), strict=True):
             assert_same_bits(actual, expected)
-
-
-@needs_kernels
-@pytest.mark.parametrize("capability", common.lesser_capabilities())
-def test_lesser_instruction_sets(capability: str) -> None:
-    expression = "float32-strided or exact or neighbours or rounds or first_are_kept or padding"
-    common.run_tests_at_capability(str(Path(__file__).relative_to(common.ROOT)), capability, expression)
 
 
 @needs_kernels

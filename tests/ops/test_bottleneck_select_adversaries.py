@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import ait
-from tests.ops import common
 from tests.ops.bottleneck_select_inputs import select_logits
-from tests.ops.common import generator, needs_kernels, num_threads
+from tests.ops.common import generator, num_threads
 
 
 def bit_patterns(*shape: int) -> Tensor:
@@ -133,15 +131,3 @@ def test_long_rows(name: str) -> None:
                 assert_stable_sort(values[:, 0], indices[:, 0], logits_RT, k)
                 values, indices = ait.ops.bottleneck_select(query[:1], tokens[:, :1], k)
                 assert_stable_sort(values[0], indices[0], logits_RT[:1], k)
-
-
-@needs_kernels
-@pytest.mark.parametrize("capability", common.lesser_capabilities())
-def test_lesser_instruction_sets(capability: str) -> None:
-    expression = "adversarial or million or many_groups or long_rows"
-    common.run_tests_at_capability(str(Path(__file__).relative_to(common.ROOT)), capability, expression)
-
-
-@needs_kernels
-def test_the_expected_instruction_set_runs() -> None:
-    common.assert_expected_instruction_set()

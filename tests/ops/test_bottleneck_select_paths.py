@@ -17,7 +17,7 @@ from ait.ops import reference
 from tests.ops import common
 from tests.ops.bottleneck_select_inputs import (
     SHAPES,
-    first_of_stable_sort,
+    StableSort,
     multiplies_bfloat16,
     random_mask,
     sample_inputs,
@@ -143,9 +143,10 @@ def test_bfloat16_logits_match_and_the_selection_is_their_stable_sort(
     expected = torch.einsum("grd,tgd->grt", query.bfloat16().double(), tokens.bfloat16().double())
     assert_close(logits, expected, "logits")
     for mask in (None, random_mask(num_tokens)):
+        stable_sort = StableSort(logits, mask)
         for k in (1, 7, 64, num_tokens + 1):
             actual = select_bfloat16(query, tokens, k, mask)
-            for a, e in zip(actual, first_of_stable_sort(logits, k, mask), strict=True):
+            for a, e in zip(actual, stable_sort.first(k), strict=True):
                 assert_same_bits(a, e, f"k = {k}")
 
 
@@ -272,16 +273,16 @@ def test_a_million_tokens_need_little_memory_and_are_selected_as_in_one_shot() -
 @needs_kernels
 @pytest.mark.parametrize("capability", common.lesser_capabilities())
 def test_lesser_instruction_sets(capability: str) -> None:
-    expression = "tile or ready or every_path"
-    common.run_tests_at_capability(str(Path(__file__).relative_to(common.ROOT)), capability, expression)
+    # All three files in one process: to start one takes as long as many of the tests.
+    files = [f"tests/ops/test_bottleneck_select{part}.py" for part in ("", "_adversaries", "_paths")]
+    operators = "float32-strided or exact or neighbours or rounds or first_are_kept or padding"
+    ready = "ready and (float32-contiguous or float64-transposed or bfloat16-strided)"
+    paths = f"tile_size or ({ready}) or every_path"
+    adversaries = "adversarial or million_rows or many_groups or long_rows"
+    common.run_tests_at_capability(files, capability, f"{operators} or {paths} or {adversaries}")
 
 
 @needs_kernels
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor multiplies no bfloat16, or may not")
 def test_a_named_instruction_set_has_no_bfloat16() -> None:
-    common.run_tests_at_capability("tests/ops/test_bottleneck_select.py", "avx512", "rounds")
-
-
-@needs_kernels
-def test_the_expected_instruction_set_runs() -> None:
-    common.assert_expected_instruction_set()
+    common.run_tests_at_capability(["tests/ops/test_bottleneck_select.py"], "avx512", "rounds")

@@ -474,7 +474,7 @@ def test_the_expected_instruction_set_runs() -> None:
 @pytest.mark.parametrize("capability", common.lesser_capabilities())
 def test_core_checks_pass_at_every_instruction_set(capability: str) -> None:
     common.run_tests_at_capability(
-        "tests/ops/test_hopfield_retrieve.py",
+        ["tests/ops/test_hopfield_retrieve.py"],
         capability,
         "match_the_reference or infinite or alone",
     )
