@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,12 @@ def complaints(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS], ids=lambda p: p.stem
-)
-def test_notebook_runs_in_an_empty_folder_on_the_installed_wheel_without_a_network_or_a_warning(
-    path: Path, environment: Environment, tmp_path: Path
-) -> None:
-    pytest.importorskip("nbmake")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    copy = folder / path.name
-    shutil.copy(path, copy)
-    home = tmp_path / "home"
+def execute(path: Path, environment: Environment, empty: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a copy of the notebook in the folder ``empty`` and keeps its outputs there."""
+    folder, home = empty / "here", empty / "home"
+    folder.mkdir(parents=True)
     home.mkdir()
+    shutil.copy(path, folder)
     kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "TMPDIR") if key in os.environ}
     # With a home of its own, neither kernels nor settings nor caches of the user's are found.
     variables = {
@@ -72,10 +65,42 @@ def test_notebook_runs_in_an_empty_folder_on_the_installed_wheel_without_a_netwo
         "HF_HUB_OFFLINE": "1",
     }
     options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_SECONDS}", "-p", "no:cacheprovider", "-q"]
-    result = run([str(environment.python), "-m", "pytest", *options, path.name], cwd=folder, env=variables)
+    return run([str(environment.python), "-m", "pytest", *options, path.name], cwd=folder, env=variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS], ids=lambda p: p.stem
+)
+def test_notebook_runs_in_an_empty_folder_on_the_installed_wheel_without_a_network_or_a_warning(
+    path: Path, environment: Environment, tmp_path: Path
+) -> None:
+    pytest.importorskip("nbmake")
+    result = execute(path, environment, tmp_path / "empty")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "1 passed" in result.stdout
-    assert not complaints(copy)
+    assert not complaints(tmp_path / "empty" / "here" / path.name)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("import urllib.request\nurllib.request.urlopen('http://192.0.2.1/')", "notebooks run without a network"),
+        ("import ait, warnings\nwarnings.warn('ait: a warning')", "UserWarning: ait: a warning"),
+    ],
+    ids=["network", "warning"],
+)
+def test_a_notebook_that_asks_for_the_network_or_warns_is_found_out(
+    source: str, complaint: str, environment: Environment, tmp_path: Path
+) -> None:
+    pytest.importorskip("nbmake")
+    nbformat = pytest.importorskip("nbformat")
+    path = tmp_path / "guilty.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    execute(path, environment, tmp_path / "empty")
+    assert complaint in "".join(complaints(tmp_path / "empty" / "here" / path.name))
 
 
 @pytest.mark.slow

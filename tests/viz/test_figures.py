@@ -118,6 +118,15 @@ def test_slots_show_the_gates_of_the_recording_at_their_patches() -> None:
         assert panel.get_title() == f"slot {slot}\n{(expected > 0).sum()}"
 
 
+def test_slots_of_an_image_that_none_took_are_empty_and_the_bar_runs_to_one() -> None:
+    trace = recorded()
+    write = trace.layer(-1).require_write("test")
+    write.gates = torch.zeros_like(write.gates)
+    figure = viz.plot_slots(trace, some_images(), slots=[0], image=0)
+    assert figure.axes[1].get_title() == "slot 0\n0"
+    assert figure.axes[1].images[1].get_clim() == (0, 1)
+
+
 def test_retrieval_shows_the_slot_and_weight_of_each_patch() -> None:
     trace = recorded()
     layer = trace.layer(-1)
