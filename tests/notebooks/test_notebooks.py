@@ -156,4 +156,4 @@ def test_committed_notebook_shows_figures_that_are_drawn(path: Path) -> None:
     for figure in figures:
         pixels = image.imread(io.BytesIO(base64.b64decode("".join(figure))), format="png")
         assert min(pixels.shape[:2]) >= 100
-        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
+        assert len(np.unique(pixels[..., :3].sum(-1))) > 10
