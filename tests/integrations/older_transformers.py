@@ -1,4 +1,4 @@
-"""Tests for the environments of test_old_transformers.py, which runs this file in them."""
+"""Tests for the environments of test_older_releases.py, which runs this file in them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""``ait``'s models in timm's registry: the same models, with what timm's own can do.
-
-With another release of timm: ``pip install --no-deps --target DIR timm==0.9.16``, then
-``PYTHONPATH=DIR python -m pytest tests/integrations/test_timm_layers.py tests/integrations/test_timm_models.py``.
-"""
+"""``ait``'s models in timm's registry: the same models, with what timm's own can do."""
 
 from __future__ import annotations
 
