@@ -17,7 +17,8 @@ def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[T
     ``l_j = query_r . tokens[indices_rj]``, ``gates = softmax(l)``, ``pooled = sum_j gates_j tokens_j`` and
     ``lse = logsumexp(l)``. Entries with index -1 take no part and have gate 0; a row without any, or whose
     logits are all ``-inf``, gives pooled 0, lse ``-inf`` and gradients 0. Differentiable, once, in ``query``
-    and ``tokens``; the token gradient is summed in a fixed order, the same bits every time.
+    and ``tokens``; the token gradient is summed in a fixed order, the same bits every time. Where rows list many of
+    the tokens, CUDA multiplies with all of them instead (``csrc/cuda/README.md``).
 
     Args:
         query: ``(R, E)``; float32, or the dtype of ``tokens``.
@@ -31,7 +32,8 @@ def bottleneck_attend(query: Tensor, tokens: Tensor, indices: Tensor) -> tuple[T
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices are not as above.
-        RuntimeError: an index is out of range or out of order.
+        RuntimeError: an index is out of range or out of order. On CUDA it is a device-side assertion with the same
+            message, as for PyTorch's own indexing: reported when the device is next waited for.
 
     Source: Associative Transformer, arXiv 2309.12862, bottleneck attention.
     """

@@ -61,6 +61,28 @@ def test_launches_and_memory_at_the_default_shape(library: Path) -> None:
     print(result.stdout)
 
 
+DENSE_PATH = (
+    PRELUDE
+    + """
+R, k, T, E = 256, 4096, 8192, 256
+for dtype, more in ((torch.bfloat16, 1), (torch.float32, 0)):
+    query, x, indices = torch.zeros(R, E), torch.zeros(T, E, dtype=dtype), torch.zeros(R, k, dtype=torch.int64)
+    chunks = 2 if dtype == torch.bfloat16 else 1
+    forward_bytes, outputs = peak_bytes(lambda: torch.ops.ait.bottleneck_attend(query, x, indices))
+    forward = take_launches()
+    torch.ops.ait.bottleneck_attend_backward(*outputs, query, x, indices, *outputs[:2])
+    backward = take_launches()
+    assert len(forward) == 2 + more + 5 * chunks and len(backward) == 6 + more + 9 * chunks, (forward, backward)
+    assert sum(launch.threads == 0 for launch in forward) == 2 * chunks  # products of the library
+"""
+)
+
+
+def test_the_dense_path_is_taken_where_rows_list_half_of_the_tokens(library: Path) -> None:
+    result = run_python(library, "-c", DENSE_PATH, settings=H200)
+    assert result.returncode == 0, result.stderr
+
+
 # Only addresses are asked for: no page of these tensors is ever touched.
 BEYOND_INT32 = (
     PRELUDE
