@@ -32,7 +32,7 @@ def execute(path: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         # Times of execution, and where output was cut into pieces, would differ with every run.
         client = NotebookClient(
-            notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True
+            notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True
         )
         client.execute(cwd=folder)
     seconds = time.perf_counter() - started

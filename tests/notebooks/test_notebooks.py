@@ -19,7 +19,7 @@ from tests.distributions import ROOT, Environment, run
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CELL_SECONDS = 300  # of a cell; a whole notebook takes less than 90 on a quiet machine
+CELL_SECONDS = 600  # of a cell; a whole notebook takes less than 90 on a quiet machine
 MOST_BYTES = 1_000_000
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
