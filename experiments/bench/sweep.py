@@ -1,9 +1,10 @@
 """Times the whole write against T, k, M and E, beside plain PyTorch, and draws the four curves as one SVG.
 
-    python experiments/bench/sweep.py --out experiments/results/write-sweep
+    python experiments/bench/sweep.py --out experiments/results/sweep
 
-Writes ``OUT.json`` (median and quartiles of every point) and ``OUT.svg``. One quantity moves at a time, the others stay
-at the values of the default shape; forward and backward, float32, by turns in one process.
+Writes ``OUT.json`` (median and quartiles of every point), ``OUT.md`` (the same as a table) and ``OUT.svg``. One
+quantity moves at a time, the others stay at those of ``base``; forward and backward, float32, by turns in one process.
+The baselines run as they are, not compiled.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any
 import baselines
 import torch
 import tyro
-from operators import machine
-from timing import by_turns
+from operators import headline, machine
+from timing import Spread, by_turns
 from workloads import Problem, Shape
 
 from ait._C import run_fma_peak
 
+Point = dict[str, Any]  # one value of what moves, the seconds and the ratios measured there
+
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "tokens": (256, 1024, 4096, 16384, 65536),
+    "tokens": (512, 2048, 8192, 32768),
     "k": (16, 64, 256, 1024, 4096),
     "num_slots": (8, 16, 32, 64, 128),
     "dim": (64, 192, 384, 768, 1536),
@@ -43,9 +46,9 @@ STYLES = {
 class Config:
     """What to sweep."""
 
-    out: Path = Path("runs/write-sweep")
+    out: Path = Path("runs/sweep")
     """Where to write, without suffix."""
-    rounds: int = 5
+    rounds: int = 3
     """Rounds of each point."""
     threads: int | None = None
     """Threads; torch's default otherwise."""
@@ -53,8 +56,8 @@ class Config:
     """The shape around which each quantity moves."""
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of forward and backward, by implementation."""
+def measure(shape: Shape, rounds: int) -> Point:
+    """Seconds of forward and backward, by implementation, and how many times as long as ours each takes."""
     problem = Problem(shape)
     timed = by_turns(
         {
@@ -65,16 +68,30 @@ def measure(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
         },
         rounds,
     )
-    return {name: dataclasses.asdict(timed.time(name)) for name in STYLES}
+    seconds = {name: dataclasses.asdict(timed.time(name)) for name in STYLES}
+    return {"seconds": seconds, "ratios": {name: dataclasses.asdict(timed.ratio(name, "ait")) for name in STYLES}}
 
 
-def draw(sweeps: dict[str, list[dict[str, Any]]], about: dict[str, Any], path: Path) -> None:
+def table(sweeps: dict[str, list[Point]], about: dict[str, Any], base: Shape) -> str:
+    """All points as Markdown: milliseconds, and ratios with their quartiles."""
+    others = [name for name in STYLES if name != "ait"]
+    header = ["", "ait (ms)", *(f"{STYLES[name][2]}: times as long" for name in others)]
+    lines = [f"{headline(about)}; around {base}", "", f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for quantity, points in sweeps.items():
+        for point in points:
+            ratios = [str(Spread(**point["ratios"][name])) for name in others]
+            milliseconds = f"{1e3 * point['seconds']['ait']['median']:.3g}"
+            lines.append(f"| {LABELS[quantity]} = {point['value']:,} | {milliseconds} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(sweeps: dict[str, list[Point]], about: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(13, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(13, 4), sharey=True, layout="constrained")
     for axis, (quantity, points) in zip(axes, sweeps.items(), strict=True):
         positions = [point["value"] for point in points]
         for name, (color, marker, label) in STYLES.items():
@@ -90,7 +107,8 @@ def draw(sweeps: dict[str, list[dict[str, Any]]], about: dict[str, Any], path: P
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("write, forward + backward (ms)")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.suptitle(f"{about['processor']}, {about['threads']} threads, {about['instruction set'].split()[0]}, float32")
     figure.savefig(path)
 
@@ -98,20 +116,21 @@ def draw(sweeps: dict[str, list[dict[str, Any]]], about: dict[str, Any], path: P
 def main(config: Config) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    sweeps: dict[str, list[dict[str, Any]]] = {}
+    about = machine()
+    sweeps: dict[str, list[Point]] = {}
     for quantity, values in SWEEPS.items():
         sweeps[quantity] = []
         for value in values:
-            seconds = measure(dataclasses.replace(config.base, **{quantity: value}), config.rounds)
-            ratio = seconds["batched"]["median"] / seconds["ait"]["median"]
-            print(f"{LABELS[quantity]:<14} {value:>6}: {1e3 * seconds['ait']['median']:9.2f} ms, batched {ratio:.2f}x")
-            sweeps[quantity].append({"value": value, "seconds": seconds})
-    about = machine()
+            point = measure(dataclasses.replace(config.base, **{quantity: value}), config.rounds)
+            milliseconds, ratio = 1e3 * point["seconds"]["ait"]["median"], point["ratios"]["batched"]["median"]
+            print(f"{LABELS[quantity]:<14} {value:>6}: {milliseconds:9.2f} ms, batched {ratio:.2f}x", flush=True)
+            sweeps[quantity].append({"value": value, **point})
     config.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": about, "base": dataclasses.asdict(config.base), "sweeps": sweeps}
     config.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    config.out.with_suffix(".md").write_text(table(sweeps, about, config.base))
     draw(sweeps, about, config.out.with_suffix(".svg"))
-    print(f"written to {config.out.with_suffix('.json')} and .svg")
+    print(f"written to {config.out.with_suffix('.json')}, .md and .svg")
 
 
 if __name__ == "__main__":
