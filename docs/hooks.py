@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def measured(name: str, beginnings: list[str]) -> str:
-    """Machine, and a table of what was measured (with its note), the ratio, what was achieved, and the shape.
+    """Machine, and a table of what was measured (with its note), the ratio, what was achieved, its limit, the shape.
 
     Raises:
         ValueError: no row begins with one of ``beginnings``.
@@ -31,13 +31,18 @@ def measured(name: str, beginnings: list[str]) -> str:
     machine, _, *lines = (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines()
     cells = [line.removeprefix("|").removesuffix("|").split("|") for line in lines[2:] if line.startswith("|")]
     rows = [[cell.strip() for cell in row] for row in cells]
-    table = [f"*{machine}*", "", "| what | median (quartiles) | achieved | shape |", "|---|---|---|---|"]
+    table = [
+        f"*{machine}*",
+        "",
+        "| what | median (quartiles) | achieved | of the limit | shape |",
+        "|---|---|---|---|---|",
+    ]
     for beginning in beginnings:
         chosen = [row for row in rows if row[0].startswith(beginning)]
         if not chosen:
             raise ValueError(f"docs: expected a row that begins with {beginning!r} in results/{name}.md, got none")
-        for what, ratio, _gate, _verdict, achieved, note, shape in chosen:
-            table.append(f"| {what}{f' ({note})' if note else ''} | {ratio} | {achieved} | {shape} |")
+        for what, ratio, _gate, _verdict, achieved, limit, note, shape in chosen:
+            table.append(f"| {what}{f' ({note})' if note else ''} | {ratio} | {achieved} | {limit} | {shape} |")
     return "\n".join(table)
 
 
