@@ -19,8 +19,10 @@ from tests.ops.bottleneck_select_inputs import (
     sample_inputs,
     select_logits,
 )
-from tests.ops.common import DTYPES, LAYOUTS, assert_same_bits, generator, needs_kernels
+from tests.ops.common import DTYPES, LAYOUTS, assert_same_bits, generator, needs_kernels, num_threads
 from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -218,7 +220,7 @@ def test_the_result_has_no_gradient() -> None:
 def test_without_autograd(mode: type) -> None:
     query, tokens = sample_inputs((1, 40, 5000, 24))
     expected = ait.ops.bottleneck_select(query, tokens, 30)
-    with mode():
+    with mode(), num_threads(4):
         outputs = ait.ops.bottleneck_select(query.requires_grad_(), tokens.requires_grad_(), 30)
     for a, e in zip(outputs, expected, strict=True):
         assert_same_bits(a, e)

@@ -14,6 +14,8 @@ import ait
 from tests.ops.bottleneck_select_inputs import select_logits
 from tests.ops.common import generator, num_threads
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def bit_patterns(*shape: int) -> Tensor:
     """Random floats over all exponents, denormals, infinities and NaNs of every payload included."""

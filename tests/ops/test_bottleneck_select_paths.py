@@ -25,6 +25,8 @@ from tests.ops.bottleneck_select_inputs import (
 from tests.ops.common import DTYPES, LAYOUTS, THREADS, assert_same_bits, generator, needs_kernels, num_threads
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ---- Determinism ----------------------------------------------------------------------------------------------------
 
 
