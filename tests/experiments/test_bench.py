@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import sweep
 import torch
 from baselines import batched_write, gram_retrieve, ours_write, plain_retrieve, published_write
 from limits import EXP_FLOPS, fresh_pages, read_all, retrieval_flops
@@ -10,7 +13,7 @@ from peak_memory import peak_bytes
 from sections import SECTIONS, Config
 from table import Limit, Row, Target
 from timing import Rounds, Spread, by_turns
-from workloads import distributions
+from workloads import Shape, distributions
 
 from ait.nn.writer import BottleneckWriter
 from ait.ops import hopfield_retrieve
@@ -140,3 +143,18 @@ def test_hard_distributions_are_what_their_names_say():
 
 def test_every_section_named_in_the_defaults_exists():
     assert set(Config().sections) == set(SECTIONS)
+
+
+def test_sweep_writes_points_table_and_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sweep, "SWEEPS", {"tokens": (32, 64), "k": (4, 8), "num_slots": (2, 4), "dim": (8, 16)})
+    base = Shape(tokens=48, dim=12, num_slots=3, slot_dim=4, num_heads=2, k=6)
+    sweep.main(sweep.Config(out=tmp_path / "sweep", rounds=1, base=base))
+    points = json.loads((tmp_path / "sweep.json").read_text())["sweeps"]
+    assert [point["value"] for point in points["tokens"]] == [32, 64]
+    for point in sum(points.values(), []):
+        seconds, ratio = point["seconds"], point["ratios"]["batched"]["median"]
+        assert ratio == pytest.approx(seconds["batched"]["median"] / seconds["ait"]["median"])
+    rows = (tmp_path / "sweep.md").read_text().splitlines()
+    assert len(rows) == 4 + 8 and rows[4].startswith("| tokens T = 32 |") and rows[4].count("|") == 6
+    assert (tmp_path / "sweep.svg").read_text().rstrip().endswith("</svg>")
