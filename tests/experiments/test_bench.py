@@ -152,7 +152,7 @@ def test_sweep_writes_points_table_and_figure(tmp_path, monkeypatch):
     sweep.main(sweep.Config(out=tmp_path / "sweep", rounds=1, base=base))
     points = json.loads((tmp_path / "sweep.json").read_text())["sweeps"]
     assert [point["value"] for point in points["tokens"]] == [32, 64]
-    for point in sum(points.values(), []):
+    for point in (point for row in points.values() for point in row):
         seconds, ratio = point["seconds"], point["ratios"]["batched"]["median"]
         assert ratio == pytest.approx(seconds["batched"]["median"] / seconds["ait"]["median"])
     rows = (tmp_path / "sweep.md").read_text().splitlines()
