@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,11 @@ BY_THE_CLOCK = ("images_per_second", "seconds")
 def _lines(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in BY_THE_CLOCK} for line in lines]
+
+
+def _arrays(path: Path) -> dict[str, bytes]:
+    with np.load(path) as file:
+        return {name: file[name].tobytes() for name in file.files}
 
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -77,6 +83,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(
         assert digest(a) == digest(b)
     if model == "ait_tiny":
         assert any(name.endswith("memory.gamma") for name in a)
+        for name in ("memory.npz", "recording.npz"):
+            assert _arrays(tmp_path / "parts" / name) == _arrays(tmp_path / "whole" / name), name
     for name in ("test_loss", "test_correct", "confusion", "kept_epoch"):
         assert resumed[name] == whole[name]
 
