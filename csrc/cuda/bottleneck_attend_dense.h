@@ -45,7 +45,8 @@ class AttendDense {
               Array<const int64_t> indices)
       : launch_(launch),
         plan_(plan),
-        dense_(plan_attend_dense(plan, attend_dtype(tokens.scalar_type()))),
+        dense_(plan_attend_dense(plan, attend_dtype(tokens.scalar_type()),
+                                 launch.chunk_bytes(kAttendDenseBytes))),
         tokens_(torch::stable::view(tokens, {1, plan.num_tokens, plan.width})),
         indices_(indices) {}
 

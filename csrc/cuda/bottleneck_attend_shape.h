@@ -69,13 +69,14 @@ struct AttendDensePlan {
   int64_t chunk_tokens, chunks;
 };
 
-inline AttendDensePlan plan_attend_dense(const AttendPlan& p, AttendDtype dtype) {
+inline AttendDensePlan plan_attend_dense(const AttendPlan& p, AttendDtype dtype,
+                                         int64_t matrix_bytes = kAttendDenseBytes) {
   AttendDensePlan d{};
   d.terms = dtype == AttendDtype::bfloat16 ? 3 : 1;
   const int64_t value_size = dtype == AttendDtype::float64 ? 8 : 4;
   const int64_t row_bytes = std::max(p.num_rows * d.terms * value_size, p.width * value_size);
   const int64_t most =
-      std::max(kAttendDenseBytes / std::max(row_bytes, int64_t{1}) / 64 * 64, int64_t{64});
+      std::max(matrix_bytes / std::max(row_bytes, int64_t{1}) / 64 * 64, int64_t{64});
   d.chunk_tokens = std::min(most, p.num_tokens);
   d.chunks = p.num_tokens == 0 ? 0 : divide_up(p.num_tokens, d.chunk_tokens);
   return d;

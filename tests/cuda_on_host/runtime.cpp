@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kStackBytes = 1 << 17;
 constexpr size_t kGuardBytes = 1 << 12;
-constexpr size_t kGlobalShadows = 64;
+constexpr size_t kGlobalShadows = 512;
 
 class Random {
  public:

@@ -39,7 +39,8 @@ struct Settings {
   int64_t shared_bytes = 227 * 1024;
   int64_t multiprocessors = 3;
   bool dry = false;  // launches are recorded, and nothing runs: for shapes too large for fibers
-  int dense = -1;    // 0, 1: whether dense paths are taken; else as the cost model says
+  // 0, 1: whether dense paths are taken, in the smallest chunks; else as the cost model says.
+  int dense = -1;
 };
 Settings& settings();
 

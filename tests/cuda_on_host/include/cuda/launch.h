@@ -54,6 +54,9 @@ class Launcher {
     const int asked = cuda_on_host::settings().dense;
     return asked < 0 ? by_cost : asked == 1;
   }
+  int64_t chunk_bytes(int64_t usual) const {
+    return cuda_on_host::settings().dense == 1 ? 1 : usual;
+  }
 
   template <typename... Args>
   void operator()(void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared_bytes,
