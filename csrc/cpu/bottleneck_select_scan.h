@@ -135,7 +135,8 @@ class Scan {
     for (int64_t row = 0; row < task_.num_rows; ++row) {
       const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
       List<C>& list = buffers_.lists[row];
-      list = {candidates_.keys + first, candidates_.tokens + first, 0, first_full_, kBelowAllKeys<C>};
+      list = {candidates_.keys + first, candidates_.tokens + first, 0, first_full_,
+              kBelowAllKeys<C>};
       if (problem_.elementwise) fetch(list);
     }
     for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
