@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Several workers share the processor: threads of small operations would wait for each other, and take most of the time.
+# Tests that are about threads choose their number themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -86,12 +86,10 @@ def table(sweeps: dict[str, list[Point]], about: dict[str, Any], base: Shape) ->
 
 
 def draw(sweeps: dict[str, list[Point]], about: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(13, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, len(SWEEPS), sharey=True)
     for axis, (quantity, points) in zip(axes, sweeps.items(), strict=True):
         positions = [point["value"] for point in points]
         for name, (color, marker, label) in STYLES.items():

@@ -58,7 +58,7 @@ def pixels(figure: Figure) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_drawn_in_every_theme_and_width_without_pyplot(name: str) -> None:
-    before = dict(matplotlib.rcParams)
+    before, open_before = dict(matplotlib.rcParams), figures_of_pyplot()
     corners = {}
     for theme in ("light", "dark", "transparent"):
         figure = FIGURES[name](theme=theme, width=3.4 if theme == "dark" else 7.0)
@@ -67,8 +67,11 @@ def test_figures_are_drawn_in_every_theme_and_width_without_pyplot(name: str) ->
     assert corners == {"light": [255] * 4, "dark": [18, 18, 18, 255], "transparent": [255, 255, 255, 0]}
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
     assert dict(matplotlib.rcParams) == before
-    if "matplotlib.pyplot" in sys.modules:
-        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+    assert figures_of_pyplot() == open_before
+
+
+def figures_of_pyplot() -> list[int]:
+    return list(sys.modules["matplotlib.pyplot"].get_fignums()) if "matplotlib.pyplot" in sys.modules else []
 
 
 @pytest.mark.parametrize("name", FIGURES)
