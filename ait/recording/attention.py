@@ -19,24 +19,34 @@ class SelfAttentionCapture(TorchFunctionMode):
 
     Sees :func:`torch.nn.functional.scaled_dot_product_attention`, which the attention of ait, timm and Transformers
     calls, whatever it did to queries and keys before, and :class:`torch.nn.MultiheadAttention` (torchvision), whose
-    kernels PyTorch chooses by what surrounds them and which is therefore left alone: its weights are computed apart.
+    kernels PyTorch chooses by what surrounds them and which is therefore left alone: its weights are computed apart;
+    no other attention of a model that has one is seen.
+
+    The mode is entered for a forward pass and left after it, so that recordings may end in any order.
     """
 
     def __init__(self, model: nn.Module, receive: Callable[[Callable[[], Tensor]], None]) -> None:
         super().__init__()
         self.receive = receive
         self.multihead = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-        self._stack = contextlib.ExitStack()
+        self._handles = contextlib.ExitStack()
+        self._forward = contextlib.ExitStack()
 
     def start(self) -> None:
         for module in self.multihead:
             handle = module.register_forward_pre_hook(self._before_multihead, with_kwargs=True)
-            self._stack.callback(handle.remove)
-        if not self.multihead:
-            self._stack.enter_context(self)
+            self._handles.callback(handle.remove)
 
     def stop(self) -> None:
-        self._stack.close()
+        self.leave_forward()
+        self._handles.close()
+
+    def enter_forward(self) -> None:
+        if not self.multihead:
+            self._forward.enter_context(self)
+
+    def leave_forward(self) -> None:
+        self._forward.close()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

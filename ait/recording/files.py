@@ -22,7 +22,7 @@ from ait.recording.trace import AttentionRecord, LayerRecord, Pass, Trace, Write
 
 FORMAT = "ait-trace-1"
 META = "ait"
-# What reading a damaged archive raises.
+# What reading a damaged archive raises; NotImplementedError is zipfile's, for a way of compression it does not know.
 ZIP_DAMAGES = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 DAMAGES = (KeyError, TypeError, ValueError, AttributeError, EOFError, *ZIP_DAMAGES)
 CLASSES: dict[str, type] = {each.__name__: each for each in (Trace, Pass, LayerRecord, WriteRecord, AttentionRecord)}

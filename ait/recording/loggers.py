@@ -60,8 +60,8 @@ class WorkspaceLogger:
                 logger.log(step)
 
     A forward pass is recorded only if the call of :meth:`log` that follows it is due, so that steps between cost
-    nothing; of several forward passes before it, the last is logged. Steps are expected to come evenly (1, 2, 3 or 10,
-    20, 30).
+    nothing; of several forward passes before it, the last is logged. Steps are expected
+    to come evenly, from 0 by ones or from their distance on (1, 2, 3 or 10, 20, 30).
 
     Args:
         writer: such as :class:`torch.utils.tensorboard.SummaryWriter`.
@@ -111,7 +111,8 @@ class WorkspaceLogger:
             if recorded is not None:
                 logged = scalars(recorded)
                 self._write(recorded, logged, step)
-        stride = 1 if self._last_step is None else max(step - self._last_step, 1)
+        # Before the second step nobody knows how far apart they are: as far as the first is from 0 (10, 20, 30), or 1.
+        stride = max(step - (self._last_step or 0), 1)
         self._last_step = step
         if self._sampled.is_due(step + stride):
             self._sampled.begin()

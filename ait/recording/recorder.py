@@ -56,7 +56,8 @@ def record(
         write: ``"always"`` also computes the write of layers that do not write (in eval, with a frozen memory), without
             keeping it; ``"as_run"`` only looks on.
         attention: also keep the weights of self-attention, for :func:`ait.viz.attention_rollout`: of every call of
-            :func:`torch.nn.functional.scaled_dot_product_attention`, and of :class:`torch.nn.MultiheadAttention`.
+            :func:`torch.nn.functional.scaled_dot_product_attention`, or, in a model that has any
+            :class:`torch.nn.MultiheadAttention`, of these alone.
             All layers are recorded then.
         energy_steps: also follow the energy of each token over so many retrieval steps, be they more or fewer than the
             layer's own.
@@ -161,19 +162,25 @@ class Recorder:
         self._depth = self._inside = 0
         self._loose = None
         EAGER.enter()
-        self._hook_model()
-        for name, workspace in self.workspaces.items():
-            self._hook_workspace(Capture(name, workspace, self.model, self.options))
-        # Last, since the model may itself be a workspace, whose record comes first.
-        self._hook_model_end()
-        if self.attention:
-            self._attention = SelfAttentionCapture(self.model, self._add_attention)
-            self._attention.start()
+        try:
+            self._hook_model()
+            for name, workspace in self.workspaces.items():
+                self._hook_workspace(Capture(name, workspace, self.model, self.options))
+            # Last, since the model may itself be a workspace, whose record comes first.
+            self._hook_model_end()
+            if self.attention:
+                self._attention = SelfAttentionCapture(self.model, self._add_attention)
+                self._attention.start()
+        except BaseException:
+            self._end()
+            raise
 
     def stop(self) -> None:
         """Ends the recording, and takes every hook out of the model."""
-        if not self._handles:
-            return
+        if self._handles:
+            self._end()
+
+    def _end(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -188,6 +195,8 @@ class Recorder:
                 return
             if self._depth == 0:
                 self._begin_pass(Pass(complete=False), args, kwargs)
+                if self._attention is not None:
+                    self._attention.enter_forward()
             self._depth += 1
 
         self._add(self.model.register_forward_pre_hook, begin, with_kwargs=True)
@@ -198,6 +207,8 @@ class Recorder:
                 return
             self._depth -= 1
             if self._depth == 0:
+                if self._attention is not None:
+                    self._attention.leave_forward()
                 # An exception brings us here, too, without an output.
                 self.trace.passes[-1].complete = output is not None
 

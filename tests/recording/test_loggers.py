@@ -92,6 +92,16 @@ def test_a_logger_adapts_to_steps_that_come_in_tens_and_skips_a_step_without_for
     assert seen == {10: False, 20: True, 30: False, 40: True, 50: False, 60: True}
 
 
+def test_a_logger_whose_every_is_the_distance_of_steps_loses_none_of_them() -> None:
+    model = small_model().train()
+    logged = []
+    with ait.WorkspaceLogger(Nothing(), model, every=10) as logger:
+        for step in range(10, 50, 10):
+            model(some_images(step))
+            logged += [step] if logger.log(step) else []
+    assert logged == [10, 20, 30, 40]
+
+
 class Nothing:
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import ait
 from ait.ops import hopfield_energy, hopfield_retrieve
+from ait.recording.attention import SelfAttentionCapture
+from ait.recording.recorder import Recorder
 from ait.recording.statistics import perplexity
-from tests.recording.models import IMAGES, small_model, some_images
+from tests.recording.models import IMAGES, hook_count, small_model, some_images
 from tests.tolerances import assert_close
 
 TOKENS = 16 * IMAGES
@@ -279,3 +282,46 @@ def test_wrappers_are_taken_off(tmp_path: Any) -> None:
         dist.destroy_process_group()
     assert trace.model == "AssociativeTransformer" and len(trace) == 1 and trace[0].complete
     assert trace.layer_names == ["blocks.0.mlp.workspace", "blocks.1.mlp.workspace"]
+
+
+def test_recordings_of_attention_may_end_in_the_order_in_which_they_began() -> None:
+    model = small_model().eval()
+    first, second = (Recorder(model, attention=True) for _ in range(2))
+    first.start()
+    second.start()
+    model(some_images(0))
+    first.stop()
+    with Counting() as counting:
+        model(some_images(1))
+        second.stop()
+        torch.relu(torch.zeros(1))
+    assert counting.relus > 0, "a mode of the caller's stays"
+    assert [len(each.attention) for each in first.trace] == [2]
+    assert [len(each.attention) for each in second.trace] == [2, 2]
+    assert hook_count(model) == 0
+
+
+def test_a_recording_that_fails_to_begin_leaves_nothing_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model().eval()
+    recorder = Recorder(model, attention=True)
+
+    def fail(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SelfAttentionCapture, "start", fail)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.start()
+    assert hook_count(model) == 0
+    recorder.start()
+    model(some_images())
+    recorder.stop()
+    assert len(recorder.trace) == 1 and len(recorder.trace[0].attention) == 2
+
+
+class Counting(TorchFunctionMode):
+    relus = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.relus += func is torch.relu
+        return func(*args, **(kwargs or {}))
