@@ -73,7 +73,9 @@ def _check_device(device: torch.device) -> None:
 
 def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
     """Puts the reference in place of every operator that disagrees with it on ``device``; returns their names."""
-    wrong = [name for name, agrees in COMPARISONS.items() if not agrees(device)]
+    # Neither a caller's autocast nor a default device of theirs has a part in it.
+    with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        wrong = [name for name, agrees in COMPARISONS.items() if not agrees(device)]
     if wrong:
         message = (
             f"ait: on {device} the kernels of {', '.join(wrong)} disagree with the reference operators, which run "

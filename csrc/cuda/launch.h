@@ -48,18 +48,24 @@ Array<T> no_array() {
 }
 
 // a (G, n, d) times b (G, d, m) by the library, summed and returned in float32 (float64 for float64
-// operands). Half-precision operands run on tensor cores; float32 ones as torch's settings say.
+// operands). Half-precision operands run on tensor cores; float32 ones as torch's settings say. The
+// variant with `out` is called since autocast does not know it: it would make a result of another dtype.
 inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
   if (a.scalar_type() == dtype) {
-    StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack, TORCH_ABI_VERSION));
+    Tensor product = torch::stable::new_empty(a, {a.size(0), a.size(1), b.size(2)});
+    StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                            torch::stable::detail::from(product)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::bmm", "out", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(dtype)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::bmm", "dtype", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor product = torch::stable::detail::to<Tensor>(stack[0]);
+  STD_TORCH_CHECK(product.scalar_type() == dtype, "ait: expected aten::bmm.dtype to give float32");
+  return product;
 }
 
 // Makes a tensor's device the current one for as long as it lives, and launches on torch's current

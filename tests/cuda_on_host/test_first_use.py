@@ -24,7 +24,9 @@ from ait.ops import reference
 from ait.ops._first_use import replace_wrong_kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    wrong = replace_wrong_kernels(torch.device("cpu"), "CPU")
+    # What a caller may have set; it must change nothing.
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        wrong = replace_wrong_kernels(torch.device("cpu"), "CPU")
 print("wrong:", wrong, [str(w.message) for w in caught if "disagree" in str(w.message)])
 products = sum(launch.threads == 0 for launch in take_launches())
 print("products:", products)
