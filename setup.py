@@ -87,7 +87,7 @@ def cuda_status() -> str:
     toolkit = cuda_toolkit()
     if isinstance(toolkit, str):
         return f"not built: {toolkit}"
-    return f"built with nvcc {toolkit.version} for {', '.join(setup_cuda.architectures())}"
+    return f"built with nvcc {toolkit.version} for {', '.join(setup_cuda.architectures(toolkit.nvcc))}"
 
 
 def write_build_info(package_dir: Path) -> None:
@@ -229,7 +229,7 @@ def add_cuda_library(ninja: NinjaFile, toolkit: setup_cuda.Toolkit, build_dir: P
     import torch
 
     csrc, torch_dir = ROOT / "csrc", Path(torch.__file__).parent
-    chosen = setup_cuda.architectures()
+    chosen = setup_cuda.architectures(toolkit.nvcc)
     includes = [f"-isystem={path}" for path in (torch_dir / "include", *toolkit.include_dirs)]
     names = ", ".join(name.replace("+PTX", " or newer") for name in chosen)
     flags = [f"-I{csrc}", *STABLE_ABI, *includes, *setup_cuda.architecture_flags(chosen)]

@@ -91,17 +91,18 @@ def _nvcc_version(nvcc: Path) -> str | None:
     return match.group(1) if match else None
 
 
-def architectures() -> list[str]:
+def architectures(nvcc: Path | None = None) -> list[str]:
     """Compute capabilities to compile for, such as ``["8.0", "9.0+PTX"]``.
 
-    Those in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any a default list.
+    Those in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any a default list,
+    of which an older ``nvcc`` compiles what it knows.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not asked:
         import torch
 
         if not torch.cuda.is_available():
-            return DEFAULT_ARCHITECTURES.split(";")
+            return _known_architectures(DEFAULT_ARCHITECTURES.split(";"), nvcc)
         seen = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
         return [f"{major}.{minor}" for major, minor in seen]
     chosen = [name for name in re.split(r"[;,\s]+", asked) if name]
@@ -112,6 +113,16 @@ def architectures() -> list[str]:
             "(ait's CUDA kernels; AIT_CUDA=0 leaves them out)"
         )
     return chosen
+
+
+def _known_architectures(names: list[str], nvcc: Path | None) -> list[str]:
+    """Those of ``names`` that ``nvcc`` lists, PTX of the newest; all of them where it lists none."""
+    if nvcc is None:
+        return names
+    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    bare = [name.removesuffix("+PTX") for name in names]
+    known = [name for name in bare if f"compute_{name.replace('.', '')}" in listed]
+    return [*known[:-1], f"{known[-1]}+PTX"] if known else names
 
 
 def architecture_flags(chosen: list[str]) -> list[str]:

@@ -137,6 +137,22 @@ def test_without_a_list_and_without_a_gpu_a_default_list_is_built(monkeypatch: p
     assert setup_cuda.architectures() == ["9.0"]
 
 
+def test_of_the_default_list_an_older_toolkit_builds_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    nvcc = tmp_path / "nvcc"
+    for listed, expected in (
+        ("compute_75 compute_80 compute_90", ["8.0", "9.0+PTX"]),
+        ("compute_80 compute_90 compute_100 compute_120", ["8.0", "9.0", "10.0", "12.0+PTX"]),
+        ("", ["8.0", "9.0", "10.0", "12.0+PTX"]),
+    ):
+        nvcc.write_text(f"#!/bin/sh\n[ \"$1\" = --list-gpu-arch ] && echo '{listed}'\n")
+        nvcc.chmod(0o755)
+        assert setup_cuda.architectures(nvcc) == expected
+
+
 @pytest.mark.parametrize("asked", ["Hopper", "90", "9.0;x"])
 def test_a_wrong_architecture_list_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
