@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +19,7 @@ from run_folder import load_checkpoint
 from torch import Tensor
 
 from ait.recording import MemoryHistory, Trace
+from ait.recording.files import ZIP_DAMAGES
 
 METRICS = {
     "epoch",
@@ -253,7 +252,7 @@ def read_mistakes(path: Path) -> Mistakes:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, KeyError, *ZIP_DAMAGES) as error:
         raise ValueError(f"expected a NumPy archive without pickles, got: {error}") from error
     missing = {"images", "labels", "predictions", "probabilities", "classes", "split"} - arrays.keys()
     if missing:
