@@ -49,7 +49,8 @@ Array<T> no_array() {
 
 // a (G, n, d) times b (G, d, m) by the library, summed and returned in float32 (float64 for float64
 // operands). Half-precision operands run on tensor cores; float32 ones as torch's settings say. The
-// variant with `out` is called since autocast does not know it: it would make a result of another dtype.
+// variant with `out` is called since autocast does not know it: it would make a result of another
+// dtype.
 inline Tensor batched_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
   if (a.scalar_type() == dtype) {
     Tensor product = torch::stable::new_empty(a, {a.size(0), a.size(1), b.size(2)});
