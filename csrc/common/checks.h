@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -64,6 +65,21 @@ inline void check_token_dtypes(const char* name, const char* asking_name, const 
   STD_TORCH_CHECK(asking.scalar_type() == ScalarType::Float || asking.scalar_type() == dtype, name,
                   ": expected ", asking_name, " of dtype float32 or that of ", tokens_name,
                   ", got ", dtype_name(asking.scalar_type()));
+}
+
+// What hopfield_retrieve asks of its arguments on every device.
+inline void check_retrieval(const char* name, const Tensor& state, const Tensor& patterns,
+                            double beta, int64_t steps) {
+  constexpr int64_t kMaxSteps = 10'000;
+  check_shape(name, "state", state, {-1, -1});
+  check_shape(name, "patterns", patterns, {-1, state.size(1)});
+  STD_TORCH_CHECK(patterns.size(0) >= 1, name, ": expected at least one pattern, got shape ",
+                  shape_text(patterns));
+  check_token_dtypes(name, "patterns", patterns, "state", state);
+  STD_TORCH_CHECK(std::isfinite(beta) && beta > 0, name, ": expected a finite beta > 0, got ",
+                  beta);
+  STD_TORCH_CHECK(steps >= 1 && steps <= kMaxSteps, name, ": expected steps from 1 to ", kMaxSteps,
+                  ", got ", steps);
 }
 
 // The dtype in which the operators compute for tokens of `dtype`.

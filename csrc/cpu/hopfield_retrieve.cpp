@@ -17,7 +17,6 @@ using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr const char* kName = "hopfield_retrieve";
-constexpr int64_t kMaxSteps = 10'000;
 
 // Sums of the gradients of the patterns are kept for this many chunks of tokens, in at most this
 // many bytes. Both must depend on the shape alone, since they decide the order of the sums.
@@ -49,15 +48,7 @@ int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 void check_inputs(const Tensor& state, const Tensor& patterns, double beta, int64_t steps) {
   check_dense_cpu(kName, "state", state);
   check_dense_cpu(kName, "patterns", patterns);
-  check_shape(kName, "state", state, {-1, -1});
-  check_shape(kName, "patterns", patterns, {-1, state.size(1)});
-  STD_TORCH_CHECK(patterns.size(0) >= 1, kName, ": expected at least one pattern, got shape ",
-                  shape_text(patterns));
-  check_token_dtypes(kName, "patterns", patterns, "state", state);
-  STD_TORCH_CHECK(std::isfinite(beta) && beta > 0, kName, ": expected a finite beta > 0, got ",
-                  beta);
-  STD_TORCH_CHECK(steps >= 1 && steps <= kMaxSteps, kName, ": expected steps from 1 to ", kMaxSteps,
-                  ", got ", steps);
+  check_retrieval(kName, state, patterns, beta, steps);
 }
 
 // The patterns, packed for every product that they take part in.

@@ -13,20 +13,11 @@ namespace {
 using torch::stable::new_empty;
 
 constexpr const char* kName = "hopfield_retrieve";
-constexpr int64_t kMaxSteps = 10'000;
 
 void check_inputs(const Tensor& state, const Tensor& patterns, double beta, int64_t steps) {
   check_dense(kName, "state", state);
   check_dense(kName, "patterns", patterns, &state);
-  check_shape(kName, "state", state, {-1, -1});
-  check_shape(kName, "patterns", patterns, {-1, state.size(1)});
-  STD_TORCH_CHECK(patterns.size(0) >= 1, kName, ": expected at least one pattern, got shape ",
-                  shape_text(patterns));
-  check_token_dtypes(kName, "patterns", patterns, "state", state);
-  STD_TORCH_CHECK(std::isfinite(beta) && beta > 0, kName, ": expected a finite beta > 0, got ",
-                  beta);
-  STD_TORCH_CHECK(steps >= 1 && steps <= kMaxSteps, kName, ": expected steps from 1 to ", kMaxSteps,
-                  ", got ", steps);
+  check_retrieval(kName, state, patterns, beta, steps);
 }
 
 HopfieldShape shape_of(const Tensor& state, const Tensor& patterns, int64_t steps) {
