@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ait.ops._checks import op_error
 from ait.recording.layout import MOST_PREFIX_TOKENS
+from ait.recording.rollout import choose_images
 from ait.recording.trace import LayerRecord
 from ait.viz.style import bare
 
@@ -28,6 +29,11 @@ class Grid(NamedTuple):
     def place(self, values: Tensor) -> np.ndarray:
         """``(N,)`` as ``(rows, columns)``, without the tokens that are no patches."""
         return values[self.prefix :].detach().cpu().reshape(self.rows, self.columns).numpy()
+
+
+def choose_shown(name: str, layer: LayerRecord, image: Sequence[int] | int | None) -> list[int]:
+    """Which images of the batch a figure shows; None is the first three."""
+    return choose_images(name, range(min(3, layer.batch)) if image is None else image, layer.batch)
 
 
 def find_grid(name: str, layer: LayerRecord, images: Tensor, grid: tuple[int, int] | None) -> Grid:

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ait.recording.rollout import choose_images
 from ait.recording.trace import Trace
-from ait.viz.images import Grid, extent, find_grid, show_image, to_pixels
+from ait.viz.images import Grid, choose_shown, extent, find_grid, show_image, to_pixels
 from ait.viz.style import OKABE_ITO, Theme, add_bar, check_width, new_figure, on_colour, short_name, style
 
 NAME = "plot_retrieval"
@@ -59,7 +58,7 @@ def plot_retrieval(
     """
     record = trace.layer(layer, index)
     places = find_grid(NAME, record, images, grid)
-    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
+    chosen = choose_shown(NAME, record, image)
     width = check_width(NAME, width)
     slots = record.by_image(record.pattern).cpu()[chosen]
     weights = record.by_image(record.retrieval.amax(-1)).detach().cpu().float()[chosen]

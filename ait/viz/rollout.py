@@ -11,9 +11,9 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from ait.ops._checks import op_error
-from ait.recording.rollout import Rollout, attention_rollout, choose_images
+from ait.recording.rollout import Rollout, attention_rollout
 from ait.recording.trace import Trace
-from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
+from ait.viz.images import choose_shown, extent, find_grid, show_faded, show_image, to_pixels
 from ait.viz.style import OKABE_ITO, Theme, add_bar, bare, check_width, new_figure, on_colour, style
 
 NAME = "plot_rollout"
@@ -61,7 +61,7 @@ def plot_rollout(
     """
     record = trace.layer(0, index)
     places = find_grid(NAME, record, images, grid)
-    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
+    chosen = choose_shown(NAME, record, image)
     tokens = record.tokens_per_image
     if token is not None and (not isinstance(token, int) or not -tokens <= token < tokens):
         raise op_error(NAME, f"token from 0 to {tokens - 1}, or None", repr(token))

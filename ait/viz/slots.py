@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ait.ops._checks import check_positive_int, op_error
-from ait.recording.rollout import choose_images
 from ait.recording.trace import LayerRecord, Trace
-from ait.viz.images import extent, find_grid, show_faded, show_image, to_pixels
+from ait.viz.images import choose_shown, extent, find_grid, show_faded, show_image, to_pixels
 from ait.viz.style import Theme, add_bar, check_width, new_figure, short_name, style
 
 NAME = "plot_slots"
@@ -62,7 +61,7 @@ def plot_slots(
     record = trace.layer(layer, index)
     write = record.require_write(NAME)
     places = find_grid(NAME, record, images, grid)
-    chosen = choose_images(NAME, range(min(3, record.batch)) if image is None else image, record.batch)
+    chosen = choose_shown(NAME, record, image)
     gates_SMT = write.dense_gates()
     heads = gates_SMT.shape[0]
     if head is not None and (not isinstance(head, int) or not -heads <= head < heads):
