@@ -5,8 +5,8 @@ Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
   AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
   TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: this machine's GPUs, else a list)
-  AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512,avx512_bf16 (default: all that fit the
-                          architecture); the last one adds products of bfloat16 to avx512
+  AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512,avx512_bf16,amx_bf16 (default: all that fit
+                          the architecture); the last two add products of bfloat16 to avx512
   CXX, MAX_JOBS           compiler; number of parallel compile jobs
 """
 
@@ -50,11 +50,12 @@ CAPABILITY_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 CAPABILITY_FLAGS["avx512_bf16"] = CAPABILITY_FLAGS["avx512"] + " -mavx512bf16"
+CAPABILITY_FLAGS["amx_bf16"] = CAPABILITY_FLAGS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 
 
 def kernel_capabilities(stem: str, capabilities: list[str]) -> list[str]:
     """The instruction sets for which a kernel source is compiled: those named ``*_bf16_kernel`` for one alone."""
-    return [name for name in capabilities if (name == "avx512_bf16") == stem.endswith("_bf16_kernel")]
+    return [name for name in capabilities if name.endswith("_bf16") == stem.endswith("_bf16_kernel")]
 
 
 def build_capabilities() -> list[str]:

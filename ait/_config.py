@@ -47,11 +47,12 @@ def config() -> dict[str, Any]:
     }
     if not is_pure_python():
         from ait._build_info import BUILD_INFO
-        from ait._C import cpu_capability
+        from ait._C import bfloat16_products, cpu_capability
 
         info["torch"]["built against"] = BUILD_INFO["torch"]
         info["compiler"] = BUILD_INFO["compiler"]
-        info["instruction set"] = f"{cpu_capability()} (built for {', '.join(BUILD_INFO['capabilities'])})"
+        products = "" if bfloat16_products() == "none" else f"with {bfloat16_products()} "
+        info["instruction set"] = f"{cpu_capability()} {products}(built for {', '.join(BUILD_INFO['capabilities'])})"
     # The snapshot is one implementation for all devices, so there is nothing to tell about it.
     info["kernels"] = {name: _kernels(name) for name in SCHEMAS if name != "memory_snapshot"}
     return info

@@ -45,8 +45,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Information about the compiled kernels, and entries for their tests.";
   m.def("cpu_capability", &ait::cpu::capability_name,
         "The instruction set that the CPU kernels use: 'baseline', 'avx2' or 'avx512'.");
-  m.def("multiplies_bfloat16", &ait::cpu::multiplies_bfloat16,
-        "Whether products of bfloat16 (AVX512-BF16) are used where bfloat16 is asked for.");
+  m.def("bfloat16_products", &ait::cpu::bfloat16_products_name,
+        "The instructions that multiply bfloat16 where it is asked for: 'none', 'avx512_bf16' or "
+        "'amx_bf16'.");
   m.def("run_fma_peak", &ait::cpu::run_fma_peak, py::arg("flops"),
         py::call_guard<py::gil_scoped_release>(),
         "Runs that many float32 operations in registers on all of torch's threads, for benchmarks "

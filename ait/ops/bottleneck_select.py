@@ -34,10 +34,10 @@ def bottleneck_select(
         mask: ``(T,)`` bool, True = ignore: such tokens are never chosen.
         selection_dtype: dtype to which both operands are rounded before the product (``torch.bfloat16`` or
             ``torch.float16``, for speed). By default nothing is rounded. Sums are float32 (float64 for
-            float64 tokens) either way. On CPUs with AVX512-BF16, bfloat16 operands are multiplied as they are:
-            float32 sums in another order, where subnormal numbers count as zero, so that processors without it
-            may give other logits in the last bits, and another choice between two that are as close.
-            ``ATEN_CPU_CAPABILITY=avx512`` or less does without.
+            float64 tokens) either way. On CPUs with AMX or AVX512-BF16, bfloat16 operands are multiplied as they
+            are: float32 sums in another order, where subnormal numbers count as zero, so that other processors may
+            give other logits in the last bits, and another choice between two that are as close.
+            ``AIT_BFLOAT16_PRODUCTS=none`` in the environment does without.
 
     Returns:
         ``values (G, R, min(k, T))``, the logits, float32 or float64, and ``indices`` of the same shape, int64,

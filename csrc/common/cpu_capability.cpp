@@ -4,6 +4,11 @@
 #include <stdexcept>
 #include <string_view>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ait::cpu {
 namespace {
 
@@ -65,6 +70,35 @@ Capability detect() {
       "ait: no kernels were built that this processor, or ATEN_CPU_CAPABILITY, allows");
 }
 
+// Tile registers are large: Linux gives them to a process that asks.
+bool asks_for_tile_registers() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Bfloat16Products detect_bfloat16_products() {
+  const char* setting = std::getenv("AIT_BFLOAT16_PRODUCTS");
+  const std::string_view highest = setting == nullptr ? "" : setting;
+  if (capability() != Capability::avx512 || std::getenv("ATEN_CPU_CAPABILITY") != nullptr ||
+      highest == "none") {
+    return Bfloat16Products::none;
+  }
+#if defined(AIT_BUILD_AMX_BF16) && defined(__x86_64__)
+  if (highest != "avx512_bf16" && __builtin_cpu_supports("amx-tile") &&
+      __builtin_cpu_supports("amx-bf16") && asks_for_tile_registers()) {
+    return Bfloat16Products::amx_bf16;
+  }
+#endif
+#if defined(AIT_BUILD_AVX512_BF16) && defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512bf16")) return Bfloat16Products::avx512_bf16;
+#endif
+  return Bfloat16Products::none;
+}
+
 }  // namespace
 
 Capability capability() {
@@ -72,15 +106,21 @@ Capability capability() {
   return detected;
 }
 
-bool multiplies_bfloat16() {
-#if defined(AIT_BUILD_AVX512_BF16) && defined(__x86_64__)
-  static const bool detected = capability() == Capability::avx512 &&
-                               std::getenv("ATEN_CPU_CAPABILITY") == nullptr &&
-                               __builtin_cpu_supports("avx512bf16");
+Bfloat16Products bfloat16_products() {
+  static const Bfloat16Products detected = detect_bfloat16_products();
   return detected;
-#else
-  return false;
-#endif
+}
+
+const char* bfloat16_products_name() {
+  switch (bfloat16_products()) {
+    case Bfloat16Products::amx_bf16:
+      return "amx_bf16";
+    case Bfloat16Products::avx512_bf16:
+      return "avx512_bf16";
+    case Bfloat16Products::none:
+      break;
+  }
+  return "none";
 }
 
 const char* capability_name() {

@@ -12,9 +12,16 @@ enum class Capability { baseline, avx2, avx512 };
 // the first call.
 AIT_API Capability capability();
 
-// Whether products of bfloat16 (AVX512-BF16) may be used beside Capability::avx512: they were
-// built, the processor has them, and ATEN_CPU_CAPABILITY is not set.
-AIT_API bool multiplies_bfloat16();
+enum class Bfloat16Products { none, avx512_bf16, amx_bf16 };
+
+// The best instructions for products of bfloat16 that may be used beside Capability::avx512: they
+// were built, the processor and the system offer them, ATEN_CPU_CAPABILITY is not set, and the
+// environment variable AIT_BFLOAT16_PRODUCTS (none, avx512_bf16, amx_bf16) allows them. Read once,
+// at the first call.
+AIT_API Bfloat16Products bfloat16_products();
+
+// "none", "avx512_bf16" or "amx_bf16".
+AIT_API const char* bfloat16_products_name();
 
 // "baseline", "avx2" or "avx512".
 AIT_API const char* capability_name();

@@ -28,10 +28,18 @@ const BottleneckSelectKernels& kernels() { AIT_RETURN_KERNELS(bottleneck_select_
 
 // Null where the processor does not multiply bfloat16.
 const SelectKernels<float>* bfloat16_kernels() {
-#ifdef AIT_BUILD_AVX512_BF16
-  if (multiplies_bfloat16()) return &avx512_bf16::bottleneck_select_kernels;
+  switch (bfloat16_products()) {
+#ifdef AIT_BUILD_AMX_BF16
+    case Bfloat16Products::amx_bf16:
+      return &amx_bf16::bottleneck_select_bf16_kernels;
 #endif
-  return nullptr;
+#ifdef AIT_BUILD_AVX512_BF16
+    case Bfloat16Products::avx512_bf16:
+      return &avx512_bf16::bottleneck_select_bf16_kernels;
+#endif
+    default:
+      return nullptr;
+  }
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }

@@ -1,9 +1,9 @@
-// bottleneck_select with products of BFloat16, for processors that have them. Compiled for
-// avx512_bf16 alone.
+// bottleneck_select with products of BFloat16, for processors that have them: compiled once for each
+// of their instruction sets.
 #include <cpu/bottleneck_select_scan.h>
 
-namespace ait::cpu::avx512_bf16 {
+namespace ait::cpu::AIT_CAPABILITY {
 
-const SelectKernels<float> bottleneck_select_kernels = kKernels<float, BFloat16>;
+const SelectKernels<float> bottleneck_select_bf16_kernels = kKernels<float, BFloat16>;
 
-}  // namespace ait::cpu::avx512_bf16
+}  // namespace ait::cpu::AIT_CAPABILITY

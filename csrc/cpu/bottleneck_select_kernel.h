@@ -10,8 +10,8 @@
 // equal logits position decides, and nothing is ever sorted. Lists of several ranges of one row are
 // joined in the end.
 //
-// Every logit is one chain of multiply-adds over d, in ascending order (of pairs, where bfloat16 is
-// multiplied), and selection is exact: neither depends on tiles, blocks, ranges or threads.
+// Every logit is one chain of multiply-adds over d, in ascending order (of pairs or of 32, where
+// bfloat16 is multiplied), and selection is exact: neither depends on tiles, blocks, ranges or threads.
 #pragma once
 
 #include <common/cpu_capability.h>
@@ -106,10 +106,14 @@ struct BottleneckSelectKernels {
 
 AIT_DECLARE_KERNELS(BottleneckSelectKernels, bottleneck_select_kernels)
 
+// For what is rounded to bfloat16. Subnormal operands, products and sums count as zero.
 namespace avx512_bf16 {
-// For what is rounded to bfloat16: products of pairs, the later one of each pair added first.
-// Subnormal operands, products and sums count as zero.
-extern const SelectKernels<float> bottleneck_select_kernels;
+// Products of pairs, the later one of each pair added first.
+extern const SelectKernels<float> bottleneck_select_bf16_kernels;
 }  // namespace avx512_bf16
+namespace amx_bf16 {
+// 32 products at a time: those of even and of odd i in two sums, which are then added.
+extern const SelectKernels<float> bottleneck_select_bf16_kernels;
+}  // namespace amx_bf16
 
 }  // namespace ait::cpu

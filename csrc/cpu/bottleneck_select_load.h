@@ -9,6 +9,7 @@ namespace ait::cpu {
 namespace {
 
 AIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+AIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // By way of vectors V, which load what `source` holds and store what `row` holds.
 template <typename V, typename S, typename E>

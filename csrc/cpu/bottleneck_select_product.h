@@ -3,6 +3,7 @@
 #pragma once
 
 #include <common/simd.h>
+#include <common/tile_registers.h>
 #include <cpu/bottleneck_select_kernel.h>
 
 namespace ait::cpu {
@@ -11,7 +12,9 @@ namespace {
 // A panel is two vectors of rows (one where the last panel has no more rows), and a step multiplies
 // it with a few tokens: as many sums as fit the registers beside two of query and one of a token.
 constexpr int kPanelVectors = 2;
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+constexpr int kStepTokens = 32;  // two of the processor's tiles of 16 x 16 sums
+#elif defined(__AVX512F__)
 constexpr int kStepTokens = 14;
 #else
 constexpr int kStepTokens = 6;
@@ -52,10 +55,61 @@ struct Operand<BFloat16> : BFloat16Pairs {
 };
 #endif
 
+// The width is filled up with zeros to a multiple of this.
+template <typename E>
+constexpr int64_t kWidthStep = Operand<E>::size;
+
+#if defined(__AMX_BF16__)
+template <>
+constexpr int64_t kWidthStep<BFloat16> = kTileDepth;
+#endif
+
+#if defined(__AMX_BF16__)
+
+// multiply(), below, on tile registers: sums of 16 tokens and 16 rows at once.
+template <int kVectors>
+void multiply_tiles(const BFloat16* panel, const BFloat16* tile, int64_t tile_stride, int64_t width,
+                    float* logits) {
+  constexpr int64_t kRow = kTileRows * 2 * kVectors;  // of the panel: a pair of all its rows
+  const int64_t token_bytes = tile_stride * int64_t(sizeof *tile);
+  const BFloat16* lower = tile + kTileRows * tile_stride;
+  const int64_t next_logits = kTileRows * kVectors * kTileRows;
+  // The intrinsics do not tell the compiler that they read memory.
+  __asm__ volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < width; i += kTileDepth, panel += kTileDepth / 2 * kRow) {
+    _tile_loadd(4, tile + i, token_bytes);
+    _tile_loadd(5, lower + i, token_bytes);
+    _tile_loadd(6, panel, kRow * int64_t(sizeof *panel));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kVectors == 2) {
+      _tile_loadd(7, panel + 2 * kTileRows, kRow * int64_t(sizeof *panel));
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t logit_bytes = kVectors * kTileRows * int64_t(sizeof *logits);
+  _tile_stored(0, logits, logit_bytes);
+  _tile_stored(1, logits + next_logits, logit_bytes);
+  if constexpr (kVectors == 2) {
+    _tile_stored(2, logits + kTileRows, logit_bytes);
+    _tile_stored(3, logits + next_logits + kTileRows, logit_bytes);
+  }
+}
+
+#endif
+
 // logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows;
-// `width` is a multiple of the operand's size.
+// `width` is a multiple of kWidthStep.
 template <typename C, typename E, int kVectors>
 void multiply(const E* panel, const E* tile, int64_t tile_stride, int64_t width, C* logits) {
+#if defined(__AMX_BF16__)
+  multiply_tiles<kVectors>(panel, tile, tile_stride, width, logits);
+#else
   using Op = Operand<E>;
   using V = Vec<C>;
   V sums[kStepTokens][kVectors];
@@ -82,6 +136,7 @@ void multiply(const E* panel, const E* tile, int64_t tile_stride, int64_t width,
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[t][v].store(logits + (t * kVectors + v) * V::size);
   }
+#endif
 }
 
 // logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as

@@ -24,8 +24,9 @@ template <typename C, typename E>
 struct ScanBuffers {
   ScanBuffers(const SelectProblem& problem, int64_t num_rows, Arena& arena)
       : padded_rows(round_up(num_rows, Vec<C>::size)),
-        padded_width(round_up(problem.width, Operand<E>::size)),
-        copy_stride(stride_of_copies(round_up(tile_width(problem, num_rows), Vec<C>::size))),
+        padded_width(round_up(problem.width, kWidthStep<E>)),
+        copy_stride(stride_of_copies(
+            round_up(larger(tile_width(problem, num_rows), padded_width), Vec<C>::size))),
         panels(arena.take<E>(padded_rows * padded_width)),
         copied_tokens(arena.take<E>(round_up(problem.tile_tokens, kStepTokens) * copy_stride)),
         tile_tokens(arena.take<int32_t>(round_up(problem.tile_tokens, kStepTokens))),
@@ -67,7 +68,7 @@ class Scan {
         prefetcher_(problem, task),
         can_read_in_place_(problem.token_storage == kStorageOf<E> &&
                            problem.rounding == kStorageOf<E> &&
-                           problem.width % Operand<E>::size == 0 &&
+                           problem.width % kWidthStep<E> == 0 &&
                            problem.token_stride * int64_t(sizeof(E)) % 2048 != 0 &&
                            (!problem.elementwise || task.num_rows % kLanes == 0)),
         worth_prefetching_(!problem.elementwise &&
@@ -76,6 +77,7 @@ class Scan {
                                         : candidates.capacity) {}
 
   SelectStatistics run() {
+    [[maybe_unused]] const TileRegisters registers;
     pack_query();
     open_lists();
     for (int64_t token = task_.first_token; token < task_.last_token;) {
@@ -185,9 +187,9 @@ class Scan {
       if (problem_.mask != nullptr && problem_.mask[token]) continue;
       load_row(problem_.tokens, problem_.token_storage, offset_of(token), problem_.rounding,
                tile_width(problem_, task_.num_rows), buffers_.copied_tokens + n * stride);
-      if (problem_.width < buffers_.padded_width) {
-        buffers_.copied_tokens[n * stride + problem_.width] = E{};
-      }
+      const int64_t filled_up = buffers_.padded_width - problem_.width;
+      std::memset(buffers_.copied_tokens + n * stride + problem_.width, 0,
+                  size_t(filled_up) * sizeof(E));
       buffers_.tile_tokens[n++] = int32_t(token);
     }
     const int64_t missing = round_up(n, kStepTokens) - n;
@@ -252,7 +254,7 @@ class Scan {
       List<C>& list = buffers_.lists[first_row + r];
       // Whole steps, in a few wide writes; what they put behind the last token is overwritten.
       SelectKey<C> own[kStepTokens];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int64_t t = 0; t < kStepTokens; ++t) own[t] = keys[t * kRows + r];
       std::memcpy(list.keys + list.count, own, sizeof own);
       std::memcpy(list.tokens + list.count, tokens, kStepTokens * sizeof *tokens);

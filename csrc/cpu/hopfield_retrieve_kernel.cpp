@@ -50,13 +50,14 @@ void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratc
   }
 }
 
-// The rows of a (T, width) tensor behind the tile [first, last), to be fetched; of the last tile
-// itself, which costs nothing.
+// The `rows` rows of a (T, width) tensor behind the tile that ends at `last`, to be fetched; none
+// behind the last tile.
 template <typename S>
-AIT_INLINE Upcoming rows_behind(const void* source, int64_t first, int64_t last, int64_t end,
-                                int64_t width) {
-  const S* rows = static_cast<const S*>(source) + (last < end ? last : first) * width;
-  return {reinterpret_cast<const char*>(rows), width * int64_t(sizeof(S))};
+AIT_INLINE Stretch rows_behind(const void* source, int64_t rows, int64_t last, int64_t end,
+                               int64_t width) {
+  if (last >= end) return {};
+  const S* first = static_cast<const S*>(source) + last * width;
+  return {reinterpret_cast<const char*>(first), rows, width * int64_t(sizeof(S))};
 }
 
 template <typename C, typename S>
@@ -68,8 +69,9 @@ void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, in
     const int64_t rows = end - first < a.tile ? end - first : a.tile;
     const Rows<C> state =
         tile_rows<C, S>(a.state, first, rows, p.width, false, s.state, p.width_stride);
-    multiply_states(p, state, rows, rows_behind<S>(a.state, first, first + rows, end, p.width),
-                    s.logits);
+    const int64_t last = first + rows;
+    const Stretch behind = rows_behind<S>(a.state, rows, last, end, p.width);
+    multiply_states(p, state, rows, behind.half(0), s.logits);
     for (int64_t t = 0; t < rows; ++t) {
       s.sums[t] = softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
     }
@@ -78,8 +80,8 @@ void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, in
       a.steps_taken[first + t] = 1;
     }
     if (a.steps > 1) take_further_steps(a, s, state, rows, a.steps_taken + first);
-    multiply_to_storage(s.weights, stride, rows, p.packed, patterns, p.width,
-                        static_cast<S*>(a.out) + first * p.width);
+    multiply_to_storage(s.weights, stride, rows, p.packed, patterns, p.width, behind.half(1),
+                        last < end, static_cast<S*>(a.out) + first * p.width);
   }
 }
 
@@ -152,12 +154,12 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
   const Rows<C> state = tile_rows<C, S>(a.state, first, rows, width, true, s.state, width_stride);
   const Rows<C> grad_out =
       tile_rows<C, S>(a.grad_out, first, rows, width, true, s.grad_out, width_stride);
-  multiply_states(p, state, rows, rows_behind<S>(a.state, first, first + rows, end, width),
-                  s.product);
+  const int64_t last = first + rows;
+  multiply_states(p, state, rows, rows_behind<S>(a.state, rows, last, end, width), s.product);
   for (int64_t t = 0; t < rows; ++t) {
     softmax(s.product + t * stride, a.beta, patterns, s.checkpoints + t * stride);
   }
-  multiply_states(p, grad_out, rows, rows_behind<S>(a.grad_out, first, first + rows, end, width),
+  multiply_states(p, grad_out, rows, rows_behind<S>(a.grad_out, rows, last, end, width),
                   s.grad_weights);
 
   // Forward to the first step of the last segment; then segment by segment back. The segments meet:
@@ -190,7 +192,7 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
     if (steps_taken[t] == 1) copy(weights, patterns, s.last + at);
     softmax_backward(weights, s.grad_weights + at, a.beta, patterns, s.grad_logits + at);
   }
-  multiply_to_storage(s.grad_logits, stride, rows, p.packed, patterns, width,
+  multiply_to_storage(s.grad_logits, stride, rows, p.packed, patterns, width, Stretch{}, last < end,
                       static_cast<S*>(a.grad_state) + first * width);
   add_outer(s.last, stride, grad_out.data, grad_out.stride, rows, patterns, width, grad_patterns,
             width_stride);

@@ -98,18 +98,35 @@ AIT_INLINE Rows<C> tile_rows(const void* source, int64_t first, int64_t rows, in
   return {tile, stride};
 }
 
-// What is read after a product, fetched into the cache line by line while that is computed.
+// Memory that is read or written after a product, or after a part of one: its lines are fetched into
+// the cache while that is computed, one at each step of the depth. Only a hint: lines may be missed.
 struct Upcoming {
-  const char* rows;
-  int64_t row_bytes;
+  const char* read = nullptr;
+  int64_t read_lines = 0;
+  const char* write = nullptr;
+  int64_t write_lines = 0;
 
-  AIT_INLINE void fetch(int64_t row, int64_t line) const {
-    __builtin_prefetch(rows + row * row_bytes + line * 64, 0, 3);
+  AIT_INLINE void fetch(int64_t step) const {
+    if (step < read_lines) __builtin_prefetch(read + step * kLine, 0, 2);
+    if (step < write_lines) __builtin_prefetch(write + step * kLine, 1, 2);
   }
 };
 
 struct NothingUpcoming {
-  AIT_INLINE void fetch(int64_t, int64_t) const {}
+  AIT_INLINE NothingUpcoming operator()(int64_t, int64_t) const { return {}; }
+  AIT_INLINE void fetch(int64_t) const {}
+};
+
+// Rows one after another in memory, to be fetched during a product of as many rows.
+struct Stretch {
+  const char* data = nullptr;
+  int64_t rows = 0;
+  int64_t row_bytes = 0;
+
+  // The first or second half of it, as rows of half the bytes.
+  Stretch half(int64_t which) const {
+    return {data + which * rows * (row_bytes / 2), rows, row_bytes / 2};
+  }
 };
 
 // Calls visit(sum, r, v) for a tile of registers. Unrolled: a loop would put the tile into memory.
@@ -127,14 +144,14 @@ AIT_INLINE void for_each_sum(V (&sums)[rows][vectors], Visit visit) {
 template <int rows, int vectors, typename C, typename Next>
 AIT_INLINE void multiply_add(const C* a, int64_t row_stride, int64_t depth_stride, const C* panel,
                              int64_t panel_stride, int64_t depth, Vec<C> (&sums)[rows][vectors],
-                             int64_t first_row, Next next) {
+                             Next next) {
   using V = Vec<C>;
   constexpr int groups = (rows + 2) / 3;
   const C* group[groups];
 #pragma GCC unroll 4
   for (int i = 0; i < groups; ++i) group[i] = a + 3 * i * row_stride;
   for (int64_t d = 0; d < depth; ++d) {
-    next.fetch(first_row, d);
+    next.fetch(d);
     V b[vectors];
     for (int v = 0; v < vectors; ++v) b[v] = V::load(panel + v * V::size);
 #pragma GCC unroll 16
@@ -170,13 +187,12 @@ AIT_INLINE void for_each_block(int64_t rows, Run run) {
 
 // The product of `rows` rows of a and one panel; only the first `columns` columns are written.
 template <int rows, int vectors, typename C, typename S, typename Next>
-AIT_INLINE void multiply_block(const C* a, int64_t a_stride, int64_t first_row, const C* panel,
-                               int64_t depth, int64_t columns, Next next, S* out,
-                               int64_t out_stride) {
+AIT_INLINE void multiply_block(const C* a, int64_t a_stride, const C* panel, int64_t depth,
+                               int64_t columns, Next next, S* out, int64_t out_stride) {
   using V = Vec<C>;
   V sums[rows][vectors];
   for_each_sum(sums, [](V& sum, int, int) { sum = V::zero(); });
-  multiply_add(a, a_stride, 1, panel, vectors * V::size, depth, sums, first_row, next);
+  multiply_add(a, a_stride, 1, panel, vectors * V::size, depth, sums, next);
   if (columns >= vectors * V::size) {
     for_each_sum(sums, [&](V& sum, int r, int v) __attribute__((always_inline)) {
       sum.store(out + r * out_stride + v * V::size);
@@ -196,24 +212,23 @@ AIT_INLINE void multiply_block(const C* a, int64_t a_stride, int64_t first_row, 
 
 // out (rows, columns) = a (rows, depth) times a packed matrix, rounded to storage type S. Columns
 // from `written` on are left alone; before it, what fills up the last panel becomes 0.
+// upcoming(row, column) says what the block of rows and columns that begins there fetches.
 template <typename C, typename S, typename Next>
 AIT_INLINE void multiply_packed(const C* a, int64_t a_stride, int64_t rows, const C* packed,
-                                int64_t depth, int64_t columns, int64_t written, Next next, S* out,
-                                int64_t out_stride) {
-  const auto panel = [=](int64_t column, auto vectors, auto upcoming) {
+                                int64_t depth, int64_t columns, int64_t written, Next upcoming,
+                                S* out, int64_t out_stride) {
+  const auto panel = [=](int64_t column, auto vectors) {
     for_each_block(rows, [=](int64_t row, auto block) {
       multiply_block<block.value, vectors.value>(
-          a + row * a_stride, a_stride, row, packed + column * depth, depth, written - column,
-          upcoming, out + row * out_stride + column, out_stride);
+          a + row * a_stride, a_stride, packed + column * depth, depth, written - column,
+          upcoming(row, column), out + row * out_stride + column, out_stride);
     });
   };
   for (int64_t column = 0; column < columns; column += kPanel<C>) {
     if (packed_columns<C>(column, columns) < kPanel<C>) {
-      panel(column, Constant<1>{}, next);
-    } else if (column == 0) {
-      panel(column, Constant<2>{}, next);
+      panel(column, Constant<1>{});
     } else {
-      panel(column, Constant<2>{}, NothingUpcoming{});
+      panel(column, Constant<2>{});
     }
   }
 }
@@ -225,24 +240,40 @@ void multiply(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64
                   out_stride);
 }
 
-// The logits of a tile of states: the same, while the states of the next tile are fetched.
+// The logits of a tile of states: the same, while `behind` is fetched.
 template <typename C>
-void multiply_states(const HopfieldPatterns<C>& p, Rows<C> states, int64_t rows, Upcoming next,
+void multiply_states(const HopfieldPatterns<C>& p, Rows<C> states, int64_t rows, Stretch behind,
                      C* logits) {
+  const auto upcoming = [=](int64_t row, int64_t column) {
+    const int64_t lines = column == 0 ? kRows * behind.row_bytes / kLine : 0;
+    return Upcoming{behind.data + row * behind.row_bytes, lines};
+  };
   multiply_packed(states.data, states.stride, rows, p.transposed, p.width, p.num_patterns,
-                  p.pattern_stride, next, logits, p.pattern_stride);
+                  p.pattern_stride, upcoming, logits, p.pattern_stride);
 }
 
 // A product rounded to storage type S; touches no element beyond the columns. A few rows at a time
 // are written from end to end: writes that jump from row to row cost more than reading the packed
-// matrix again.
+// matrix again. Meanwhile `behind` is fetched, and the rows of `out` that are written next; behind
+// the last of these rows, too, if more follow.
 template <typename C, typename S>
 void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
-                         int64_t columns, S* out) {
+                         int64_t columns, Stretch behind, bool more_rows, S* out) {
+  const int64_t panels = (columns + kPanel<C> - 1) / kPanel<C>;
+  const int64_t read_lines = kRows * behind.row_bytes / (panels * kLine);
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t block = rows - first < kRows ? rows - first : kRows;
+    const char* read = behind.data + first * behind.row_bytes;
+    const bool more = more_rows || first + block < rows;
+    const int64_t write_lines = more ? kRows * kPanel<C> * int64_t(sizeof(S)) / kLine : 0;
+    const char* write = reinterpret_cast<const char*>(out + (first + block) * columns);
+    const auto upcoming = [=](int64_t, int64_t column) {
+      const int64_t panel = column / kPanel<C>;
+      return Upcoming{read + panel * read_lines * kLine, read_lines,
+                      write + panel * write_lines * kLine, write_lines};
+    };
     multiply_packed(a + first * a_stride, a_stride, block, packed, depth, columns, columns,
-                    NothingUpcoming{}, out + first * columns, columns);
+                    upcoming, out + first * columns, columns);
   }
 }
 
@@ -258,7 +289,7 @@ void add_outer(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64
       C* at = target + row * target_stride + column;
       for_each_sum(
           sums, [&](V& sum, int r, int v) { sum = V::load(at + r * target_stride + v * V::size); });
-      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums, row, NothingUpcoming{});
+      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums, NothingUpcoming{});
       for_each_sum(sums,
                    [&](V& sum, int r, int v) { sum.store(at + r * target_stride + v * V::size); });
     });

@@ -77,10 +77,10 @@ def select_logits(logits: list[float] | Tensor, k: int, dtype: torch.dtype = tor
     return values[0, 0], indices[0, 0]
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the kernels multiply bfloat16 where ``selection_dtype`` asks for it, instead of float32."""
+def bfloat16_products() -> str:
+    """The instructions that multiply bfloat16 where ``selection_dtype`` asks for it, or "none": float32 then."""
     if is_pure_python():
-        return False
+        return "none"
     from ait import _C
 
-    return _C.multiplies_bfloat16()
+    return _C.bfloat16_products()

@@ -83,15 +83,19 @@ def run_tests_at_capability(test_files: list[str], capability: str, expression: 
     It must run at least one, and tell that the limit holds: one of the files has a test named
     ``test_the_expected_instruction_set_runs`` that calls :func:`assert_expected_instruction_set`.
     """
-    environment = {
-        **os.environ,
+    limits = {
         "ATEN_CPU_CAPABILITY": "default" if capability == "baseline" else capability,
         "AIT_TEST_CAPABILITY": capability,
-        "OMP_NUM_THREADS": "1",
     }
+    run_tests_with(limits, test_files, f"({expression}) or the_expected_instruction_set")
+
+
+def run_tests_with(variables: dict[str, str], test_files: list[str], expression: str) -> None:
+    """Runs the tests of ``test_files`` that ``expression`` names, at least one, with these environment variables."""
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [*command, *test_files, "-k", f"({expression}) or the_expected_instruction_set"],
+        [*command, *test_files, "-k", expression],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ait
@@ -18,7 +22,7 @@ from tests.ops import common
 from tests.ops.bottleneck_select_inputs import (
     SHAPES,
     StableSort,
-    multiplies_bfloat16,
+    bfloat16_products,
     random_mask,
     sample_inputs,
 )
@@ -78,7 +82,7 @@ def test_every_path_of_the_kernel_was_taken() -> None:
         "select_split_rows": lambda: ait.ops.bottleneck_select(query[:, :1], tokens, 8),
         "select_elementwise_calls": lambda: ait.ops.bottleneck_select(ones, logits, 8),
     }
-    if multiplies_bfloat16():
+    if bfloat16_products() != "none":
         calls["select_bfloat16_calls"] = lambda: ait.ops.bottleneck_select(query, tokens, 8, None, torch.bfloat16)
     taken = {}
     with num_threads(4):
@@ -118,7 +122,8 @@ def test_ready_logits_give_the_bits_of_any_other_call(rows: int, dtype: torch.dt
 
 # ---- Products of bfloat16 --------------------------------------------------------------------------------------------
 
-needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="needs a processor that multiplies bfloat16")
+PRODUCTS = bfloat16_products()
+needs_bfloat16 = pytest.mark.skipif(PRODUCTS == "none", reason="needs a processor that multiplies bfloat16")
 FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -152,17 +157,28 @@ def test_bfloat16_logits_match_and_the_selection_is_their_stable_sort(
                 assert_same_bits(a, e, f"k = {k}")
 
 
+def bfloat16_products_of(query: Tensor, tokens: Tensor) -> Tensor:
+    """The exact products (d, G, R, T), d filled up to a multiple of 32."""
+    pad = (0, -query.shape[-1] % 32)
+    query, tokens = (F.pad(x.bfloat16().double(), pad) for x in (query, tokens))
+    return torch.einsum("grd,tgd->dgrt", query, tokens)
+
+
 @needs_bfloat16
-def test_bfloat16_products_are_added_one_by_one_in_float32_the_later_of_each_pair_first() -> None:
-    query, tokens = sample_inputs((1, 20, 90, 33))
+def test_bfloat16_products_are_added_one_by_one_in_float32_in_a_known_order() -> None:
+    query, tokens = sample_inputs((1, 20, 90, 77))
     actual, _ = select_bfloat16(query, tokens, 90)
-    pad = torch.zeros(1)
-    query, tokens = (torch.cat([x.bfloat16().double(), pad.expand(*x.shape[:-1], 1)], -1) for x in (query, tokens))
-    products = torch.einsum("grd,tgd->dgrt", query, tokens)  # exact
     total = torch.zeros(1, 20, 90)
-    for pair in products.split(2):
-        for product in (pair[1], pair[0]):
-            total = (total.double() + product).float()
+    for block in bfloat16_products_of(query, tokens).split(32):
+        if PRODUCTS == "amx_bf16":
+            even, odd = torch.zeros(2, 1, 20, 90)
+            for pair in block.split(2):
+                even, odd = (even.double() + pair[0]).float(), (odd.double() + pair[1]).float()
+            total = total + (even + odd)
+        else:
+            for pair in block.split(2):
+                for product in (pair[1], pair[0]):
+                    total = (total.double() + product).float()
     assert_same_bits(actual, total)
 
 
@@ -284,7 +300,24 @@ def test_lesser_instruction_sets(capability: str) -> None:
     common.run_tests_at_capability(files, capability, f"{operators} or {paths} or {adversaries}")
 
 
-@needs_kernels
-@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor multiplies no bfloat16, or may not")
+@needs_bfloat16
 def test_a_named_instruction_set_has_no_bfloat16() -> None:
     common.run_tests_at_capability(["tests/ops/test_bottleneck_select.py"], "avx512", "rounds")
+
+
+@needs_bfloat16
+def test_the_expected_products_of_bfloat16_are_used() -> None:
+    assert PRODUCTS == os.environ.get("AIT_BFLOAT16_PRODUCTS", PRODUCTS)
+
+
+@pytest.mark.skipif(PRODUCTS != "amx_bf16", reason="nothing to choose from")
+def test_lesser_products_of_bfloat16() -> None:
+    tests = "(bfloat16 and not named and not lesser) or every_path"
+    common.run_tests_with({"AIT_BFLOAT16_PRODUCTS": "avx512_bf16"}, ["tests/ops/test_bottleneck_select_paths.py"], tests)
+
+
+@needs_kernels
+def test_products_of_bfloat16_can_be_switched_off() -> None:
+    code = "from ait import _C; assert _C.bfloat16_products() == 'none'"
+    environment = {**os.environ, "AIT_BFLOAT16_PRODUCTS": "none"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
