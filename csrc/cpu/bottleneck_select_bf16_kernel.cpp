@@ -1,5 +1,5 @@
-// bottleneck_select with products of BFloat16, for processors that have them: compiled once for each
-// of their instruction sets.
+// bottleneck_select with products of BFloat16, for processors that have them: compiled once for
+// each of their instruction sets.
 #include <cpu/bottleneck_select_scan.h>
 
 namespace ait::cpu::AIT_CAPABILITY {

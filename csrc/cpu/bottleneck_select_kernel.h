@@ -11,7 +11,8 @@
 // joined in the end.
 //
 // Every logit is one chain of multiply-adds over d, in ascending order (of pairs or of 32, where
-// bfloat16 is multiplied), and selection is exact: neither depends on tiles, blocks, ranges or threads.
+// bfloat16 is multiplied), and selection is exact: neither depends on tiles, blocks, ranges or
+// threads.
 #pragma once
 
 #include <common/cpu_capability.h>

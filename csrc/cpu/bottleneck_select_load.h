@@ -1,5 +1,5 @@
 // Loading for bottleneck_select: rows of any storage type, as the compute type, rounded on request.
-// Included by bottleneck_select_scan.h alone.
+// Included by bottleneck_select_product.h and _scan.h alone.
 #pragma once
 
 #include <common/simd.h>

@@ -4,7 +4,7 @@
 
 #include <common/simd.h>
 #include <common/tile_registers.h>
-#include <cpu/bottleneck_select_kernel.h>
+#include <cpu/bottleneck_select_load.h>
 
 namespace ait::cpu {
 namespace {
@@ -55,6 +55,10 @@ struct Operand<BFloat16> : BFloat16Pairs {
 };
 #endif
 
+// How much of the width is multiplied between two times that lines are asked for.
+template <typename E>
+constexpr int64_t kFetchWidth = 8 * Operand<E>::size;
+
 // The width is filled up with zeros to a multiple of this.
 template <typename E>
 constexpr int64_t kWidthStep = Operand<E>::size;
@@ -62,96 +66,9 @@ constexpr int64_t kWidthStep = Operand<E>::size;
 #if defined(__AMX_BF16__)
 template <>
 constexpr int64_t kWidthStep<BFloat16> = kTileDepth;
+template <>
+constexpr int64_t kFetchWidth<BFloat16> = kTileDepth;
 #endif
-
-#if defined(__AMX_BF16__)
-
-// multiply(), below, on tile registers: sums of 16 tokens and 16 rows at once.
-template <int kVectors>
-void multiply_tiles(const BFloat16* panel, const BFloat16* tile, int64_t tile_stride, int64_t width,
-                    float* logits) {
-  constexpr int64_t kRow = kTileRows * 2 * kVectors;  // of the panel: a pair of all its rows
-  const int64_t token_bytes = tile_stride * int64_t(sizeof *tile);
-  const BFloat16* lower = tile + kTileRows * tile_stride;
-  const int64_t next_logits = kTileRows * kVectors * kTileRows;
-  // The intrinsics do not tell the compiler that they read memory.
-  __asm__ volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < width; i += kTileDepth, panel += kTileDepth / 2 * kRow) {
-    _tile_loadd(4, tile + i, token_bytes);
-    _tile_loadd(5, lower + i, token_bytes);
-    _tile_loadd(6, panel, kRow * int64_t(sizeof *panel));
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if constexpr (kVectors == 2) {
-      _tile_loadd(7, panel + 2 * kTileRows, kRow * int64_t(sizeof *panel));
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  constexpr int64_t logit_bytes = kVectors * kTileRows * int64_t(sizeof *logits);
-  _tile_stored(0, logits, logit_bytes);
-  _tile_stored(1, logits + next_logits, logit_bytes);
-  if constexpr (kVectors == 2) {
-    _tile_stored(2, logits + kTileRows, logit_bytes);
-    _tile_stored(3, logits + next_logits + kTileRows, logit_bytes);
-  }
-}
-
-#endif
-
-// logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows;
-// `width` is a multiple of kWidthStep.
-template <typename C, typename E, int kVectors>
-void multiply(const E* panel, const E* tile, int64_t tile_stride, int64_t width, C* logits) {
-#if defined(__AMX_BF16__)
-  multiply_tiles<kVectors>(panel, tile, tile_stride, width, logits);
-#else
-  using Op = Operand<E>;
-  using V = Vec<C>;
-  V sums[kStepTokens][kVectors];
-#pragma GCC unroll 16
-  for (int t = 0; t < kStepTokens; ++t) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[t][v] = V::zero();
-  }
-  for (int64_t i = 0; i < width; i += Op::size) {
-    decltype(Op::load(panel)) query[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      query[v] = Op::load(panel + (i * kVectors + v * Op::size) * V::size);
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < kStepTokens; ++t) {
-      const auto token = Op::broadcast(tile + t * tile_stride + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = fmadd(query[v], token, sums[t][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < kStepTokens; ++t) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[t][v].store(logits + (t * kVectors + v) * V::size);
-  }
-#endif
-}
-
-// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
-// multiply() with width 1.
-template <typename C, int kVectors>
-AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
-  using V = Vec<C>;
-  for (int t = 0; t < kStepTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) {
-      const V token = V::load(tile + t * tile_stride + v * V::size);
-      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
-      logit.store(logits + (t * kVectors + v) * V::size);
-    }
-  }
-}
 
 AIT_INLINE int64_t size_of(Storage storage) {
   return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
@@ -165,7 +82,8 @@ AIT_INLINE int64_t first_element(const SelectProblem& problem, const SelectTask&
   return task.group * problem.group_stride + (problem.elementwise ? task.first_row : 0);
 }
 
-// Asks for the tokens of the next tile, a few cache lines at a time while this one is multiplied.
+// Asks for the tokens of the next tile, a few cache lines at a time while this one is multiplied: a
+// processor can wait for some 16 lines, and what the product reads must not queue behind them.
 class Prefetcher {
  public:
   Prefetcher(const SelectProblem& problem, const SelectTask& task)
@@ -200,6 +118,101 @@ class Prefetcher {
   const char* row_ = nullptr;
   int64_t byte_ = 0, rows_left_ = 0, lines_per_step_ = 0;
 };
+
+#if defined(__AMX_BF16__)
+
+// multiply(), below, on tile registers: sums of 16 tokens and 16 rows at once.
+template <int kVectors>
+void multiply_tiles(const BFloat16* panel, const BFloat16* tile, int64_t tile_stride, int64_t width,
+                    Prefetcher& next, float* logits) {
+  constexpr int64_t kRow = kTileRows * 2 * kVectors;  // of the panel: a pair of all its rows
+  const int64_t token_bytes = tile_stride * int64_t(sizeof *tile);
+  const BFloat16* lower = tile + kTileRows * tile_stride;
+  const int64_t next_logits = kTileRows * kVectors * kTileRows;
+  // The intrinsics do not tell the compiler that they read memory.
+  __asm__ volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < width; i += kTileDepth, panel += kTileDepth / 2 * kRow) {
+    next.step();
+    _tile_loadd(4, tile + i, token_bytes);
+    _tile_loadd(5, lower + i, token_bytes);
+    _tile_loadd(6, panel, kRow * int64_t(sizeof *panel));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kVectors == 2) {
+      _tile_loadd(7, panel + 2 * kTileRows, kRow * int64_t(sizeof *panel));
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t logit_bytes = kVectors * kTileRows * int64_t(sizeof *logits);
+  _tile_stored(0, logits, logit_bytes);
+  _tile_stored(1, logits + next_logits, logit_bytes);
+  if constexpr (kVectors == 2) {
+    _tile_stored(2, logits + kTileRows, logit_bytes);
+    _tile_stored(3, logits + next_logits + kTileRows, logit_bytes);
+  }
+}
+
+#endif
+
+// logits[t][r] = sum over i of panel[i][r] * tile[t][i], for a step of tokens and a panel of rows;
+// `width` is a multiple of kWidthStep. Not inlined: constants of the code around it would take
+// registers that the sums need.
+template <typename C, typename E, int kVectors>
+__attribute__((noinline)) void multiply(const E* panel, const E* tile, int64_t tile_stride,
+                                        int64_t width, Prefetcher& next, C* logits) {
+#if defined(__AMX_BF16__)
+  multiply_tiles<kVectors>(panel, tile, tile_stride, width, next, logits);
+#else
+  using Op = Operand<E>;
+  using V = Vec<C>;
+  V sums[kStepTokens][kVectors];
+#pragma GCC unroll 16
+  for (int t = 0; t < kStepTokens; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = V::zero();
+  }
+  for (int64_t i = 0; i < width;) {
+    next.step();
+    for (const int64_t end = smaller(i + kFetchWidth<E>, width); i < end; i += Op::size) {
+      decltype(Op::load(panel)) query[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        query[v] = Op::load(panel + (i * kVectors + v * Op::size) * V::size);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kStepTokens; ++t) {
+        const auto token = Op::broadcast(tile + t * tile_stride + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[t][v] = fmadd(query[v], token, sums[t][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kStepTokens; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[t][v].store(logits + (t * kVectors + v) * V::size);
+  }
+#endif
+}
+
+// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
+// multiply() with width 1.
+template <typename C, int kVectors>
+AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
+  using V = Vec<C>;
+  for (int t = 0; t < kStepTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V token = V::load(tile + t * tile_stride + v * V::size);
+      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
+      logit.store(logits + (t * kVectors + v) * V::size);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace ait::cpu

@@ -206,8 +206,10 @@ class Scan {
   void start_prefetch(int64_t token) {
     if (!worth_prefetching_ || tile_size_ == 0) return;
     const int64_t panels = (task_.num_rows + kPanelRows - 1) / kPanelRows;
+    const int64_t products = panels * (round_up(tile_size_, kStepTokens) / kStepTokens);
+    const int64_t steps = (buffers_.padded_width + kFetchWidth<E> - 1) / kFetchWidth<E>;
     prefetcher_.start(token, smaller(problem_.tile_tokens, task_.last_token - token),
-                      panels * round_up(tile_size_, kStepTokens) / kStepTokens);
+                      products * larger(steps, 1));
   }
 
   template <int kVectors>
@@ -215,7 +217,6 @@ class Scan {
     alignas(64) C logits[kStepTokens * kVectors * kLanes];
     const E* panel = buffers_.panels + row * buffers_.padded_width;
     for (int64_t t = 0; t < tile_size_; t += kStepTokens) {
-      prefetcher_.step();
       const E* tile = tile_ + t * tile_stride_;
       const int32_t* tokens = buffers_.tile_tokens + t;
       const int64_t num_tokens = smaller(kStepTokens, tile_size_ - t);
@@ -229,7 +230,8 @@ class Scan {
           multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
       }
       if (!problem_.elementwise) {
-        multiply<C, E, kVectors>(panel, tile, tile_stride_, buffers_.padded_width, logits);
+        multiply<C, E, kVectors>(panel, tile, tile_stride_, buffers_.padded_width, prefetcher_,
+                                 logits);
       }
       if (fits) {
         fill<kVectors>(logits, tokens, num_tokens, row);

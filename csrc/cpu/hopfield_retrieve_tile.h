@@ -98,8 +98,9 @@ AIT_INLINE Rows<C> tile_rows(const void* source, int64_t first, int64_t rows, in
   return {tile, stride};
 }
 
-// Memory that is read or written after a product, or after a part of one: its lines are fetched into
-// the cache while that is computed, one at each step of the depth. Only a hint: lines may be missed.
+// Memory that is read or written after a product, or after a part of one: its lines are fetched
+// into the cache while that is computed, one at each step of the depth. Only a hint: lines may be
+// missed.
 struct Upcoming {
   const char* read = nullptr;
   int64_t read_lines = 0;
@@ -259,6 +260,7 @@ void multiply_states(const HopfieldPatterns<C>& p, Rows<C> states, int64_t rows,
 template <typename C, typename S>
 void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* packed, int64_t depth,
                          int64_t columns, Stretch behind, bool more_rows, S* out) {
+  if (columns == 0) return;
   const int64_t panels = (columns + kPanel<C> - 1) / kPanel<C>;
   const int64_t read_lines = kRows * behind.row_bytes / (panels * kLine);
   for (int64_t first = 0; first < rows; first += kRows) {

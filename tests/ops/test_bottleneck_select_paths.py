@@ -307,13 +307,15 @@ def test_a_named_instruction_set_has_no_bfloat16() -> None:
 
 @needs_bfloat16
 def test_the_expected_products_of_bfloat16_are_used() -> None:
-    assert PRODUCTS == os.environ.get("AIT_BFLOAT16_PRODUCTS", PRODUCTS)
+    assert os.environ.get("AIT_BFLOAT16_PRODUCTS", PRODUCTS) == PRODUCTS
 
 
 @pytest.mark.skipif(PRODUCTS != "amx_bf16", reason="nothing to choose from")
 def test_lesser_products_of_bfloat16() -> None:
     tests = "(bfloat16 and not named and not lesser) or every_path"
-    common.run_tests_with({"AIT_BFLOAT16_PRODUCTS": "avx512_bf16"}, ["tests/ops/test_bottleneck_select_paths.py"], tests)
+    common.run_tests_with(
+        {"AIT_BFLOAT16_PRODUCTS": "avx512_bf16"}, ["tests/ops/test_bottleneck_select_paths.py"], tests
+    )
 
 
 @needs_kernels
