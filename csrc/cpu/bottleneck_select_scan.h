@@ -77,7 +77,7 @@ class Scan {
                                         : candidates.capacity) {}
 
   SelectStatistics run() {
-    [[maybe_unused]] const TileRegisters registers;
+    take_tile_registers();
     pack_query();
     open_lists();
     for (int64_t token = task_.first_token; token < task_.last_token;) {
@@ -96,6 +96,7 @@ class Scan {
       if (list.count > problem_.k) cut(row, problem_.k);
       candidates_.counts[row * candidates_.ranges + task_.range] = list.count;
     }
+    release_tile_registers();
     return statistics_;
   }
 
