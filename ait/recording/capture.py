@@ -44,15 +44,19 @@ def in_backward() -> bool:
 
 
 @contextlib.contextmanager
-def observing(detach: bool) -> Iterator[None]:
+def observing(detach: bool, device_type: str | None = None) -> Iterator[None]:
     """For computations that the model's run must not notice.
 
     Modes around the model would count what is computed here, or, in selective checkpointing, mistake it for results
-    of the model; autocast would round it; and tensors made in inference mode could not be used outside it.
+    of the model; autocast, that of ``device_type``, would round it; and tensors made in inference mode could not be
+    used outside it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(_disable_current_modes())
+        has_autocast = device_type is not None and torch.amp.is_autocast_available(device_type)
+        if device_type is not None and has_autocast and torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         if detach:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -92,11 +96,7 @@ class Capture:
         """The record; None where the forward pass did not come to its end."""
         if self._read is None or self._shape is None:
             return None
-        device_type = self._read[0].device.type
-        has_autocast = torch.amp.is_autocast_available(device_type)
-        with observing(self.options.detach), contextlib.ExitStack() as stack:
-            if has_autocast and torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        with observing(self.options.detach, self._read[0].device.type):
             record = self._record(*self._read, self._shape)
         self._write = self._read = self._mask = None
         return record

@@ -55,9 +55,9 @@ def record(
             around them (``"blocks.0"``); all by default.
         write: ``"always"`` also computes the write of layers that do not write (in eval, with a frozen memory), without
             keeping it; ``"as_run"`` only looks on.
-        attention: also keep the weights of self-attention, for :func:`ait.viz.attention_rollout`: of every call of
-            :func:`torch.nn.functional.scaled_dot_product_attention`, or, in a model that has any
-            :class:`torch.nn.MultiheadAttention`, of these alone.
+        attention: also keep the weights of self-attention, for :func:`ait.viz.attention_rollout`, in the order in which
+            it runs: of every call of :func:`torch.nn.functional.scaled_dot_product_attention`,
+            :class:`torch.nn.MultiheadAttention` and :class:`torch.nn.TransformerEncoderLayer`.
             All layers are recorded then.
         energy_steps: also follow the energy of each token over so many retrieval steps, be they more or fewer than the
             layer's own.
@@ -170,7 +170,7 @@ class Recorder:
             self._hook_model_end()
             if self.attention:
                 self._attention = SelfAttentionCapture(self.model, self._add_attention)
-                self._attention.start()
+                self._attention.start(_Hook)
         except BaseException:
             self._end()
             raise
@@ -264,10 +264,10 @@ class Recorder:
             layer.name = f"{name}#{calls}"
         layers[layer.name] = layer
 
-    def _add_attention(self, compute: Callable[[], Tensor]) -> None:
+    def _add_attention(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
         if self._depth == 0 or self._inside or in_backward():
             return
-        with observing(self.options.detach):
+        with observing(self.options.detach, tensor.device.type):
             weights = self.options.keep(compute())
         self.trace.passes[-1].attention.append(AttentionRecord(weights, before=len(self.trace.passes[-1].layers)))
 

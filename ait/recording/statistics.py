@@ -90,7 +90,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal
         scale: factor of the logits, ``1 / sqrt(d)`` by default.
 
     Returns:
-        ``(..., N, N')``, float32 (float64 for float64 queries).
+        ``(..., N, N')``, float32 (float64 for float64 queries); 0 where a query may see no key.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype)
@@ -102,4 +102,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal
         logits = logits.masked_fill(~seen, -torch.inf)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
-    return torch.softmax(logits, dim=-1).mean(-3)
+    weights = torch.softmax(logits, dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(torch.isneginf(logits).all(-1, keepdim=True), 0)
+    return weights.mean(-3)

@@ -305,7 +305,7 @@ def test_a_recording_that_fails_to_begin_leaves_nothing_in_the_model(monkeypatch
     model = small_model().eval()
     recorder = Recorder(model, attention=True)
 
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
