@@ -30,7 +30,7 @@ from evaluation import confusion_matrix, question_results, worst_mistakes
 from interrupt import Interrupt
 from look_inside import LookInside
 from report import write_report
-from results import environment, git_revision, wilson_interval, write_json
+from results import environment, git_revision, pack_right, wilson_interval, write_json
 from run_config import RECIPES, Config, check, differences, recorded, resolve
 from run_folder import (
     append_line,
@@ -382,7 +382,8 @@ def test(run: Run) -> dict[str, Any]:
     loss, logits = evaluate(run.model, test_set, run.splits, config)
     predictions = logits.argmax(1)
     save_arrays(config.out / "mistakes.npz", worst_mistakes(test_set, logits, "test"))
-    correct = int((predictions == test_set.labels).sum())
+    right = predictions == test_set.labels
+    correct = int(right.sum())
     return {
         "run": config.out.name,
         "model": config.model,
@@ -404,6 +405,7 @@ def test(run: Run) -> dict[str, Any]:
         "git_revisions": run.progress.revisions,  # more than one where the run went on with other code
         "environment": environment(),
         "confusion": confusion_matrix(test_set, predictions).tolist(),  # rows: true class; columns: what was answered
+        "test_right": pack_right(right),
     }
 
 

@@ -135,5 +135,6 @@ class WorkspaceLogger:
             self.writer.add_scalar(f"{self.tag}/{name}", value, step)
         if self.histograms:
             for layer in recorded:
-                self.writer.add_histogram(f"{self.tag}/{layer.name}/slot_use", layer.slot_use, step)
+                if layer.heard.any():
+                    self.writer.add_histogram(f"{self.tag}/{layer.name}/slot_use", layer.slot_use, step)
                 self.writer.add_histogram(f"{self.tag}/{layer.name}/moved", layer.moved, step)

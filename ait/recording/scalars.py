@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ait.recording.trace import LayerRecord, Pass
 
@@ -18,29 +19,33 @@ def scalars(recorded: Pass | LayerRecord) -> dict[str, float]:
     - Of the write: ``row_perplexity``, how many tokens a (head, slot) row takes in effect, and ``coverage``, the share
       of tokens that any row takes.
 
-    Padding is left out of all but ``moved``.
+    Padding is left out of all but ``moved``. Where there is nothing else (a batch of padding alone, or none at all),
+    ``moved`` and ``balance_loss`` are all there is to say.
 
     Args:
         recorded: a pass, or one layer of it.
 
     Returns:
-        Name to number; for a pass, names are ``"<layer>/<quantity>"``. A quantity that the layer does not have is
-        left out.
+        Name to number; for a pass, names are ``"<layer>/<quantity>"``. A quantity that the layer, or this batch, does
+        not have is left out: no mean is taken over nothing.
     """
     if isinstance(recorded, Pass):
         return {f"{layer.name}/{name}": value for layer in recorded for name, value in scalars(layer).items()}
     layer = recorded
-    heard = slice(None) if layer.mask is None else ~layer.mask
-    values = {
-        "slot_perplexity": layer.slot_perplexity,
-        "dead_slots": torch.tensor(float(layer.dead_slots().numel())),
-        "moved": layer.moved.mean(),
-    }
-    if layer.energy_before is not None and layer.energy_after is not None:
+    heard = layer.heard
+    values: dict[str, Tensor] = {}
+    some = bool(heard.any())
+    if some:
+        values |= {
+            "slot_perplexity": layer.slot_perplexity,
+            "dead_slots": torch.tensor(float(layer.dead_slots().numel())),
+        }
+    values["moved"] = layer.moved.mean()
+    if some and layer.energy_before is not None and layer.energy_after is not None:
         values |= {"energy_before": layer.energy_before[heard].mean(), "energy_after": layer.energy_after[heard].mean()}
     if layer.balance_loss is not None:
         values["balance_loss"] = layer.balance_loss
-    if layer.write is not None:
+    if some and layer.write is not None:
         values["row_perplexity"] = layer.write.row_perplexity.mean()
         values["coverage"] = (layer.write.load.amax(0) > 0)[heard].float().mean()
     return {name: float(value) for name, value in values.items()}

@@ -135,14 +135,21 @@ class LayerRecord(_Record):
         return self.retrieval.argmax(-1)
 
     @property
+    def heard(self) -> Tensor:
+        """``(T,)`` bool: the tokens that are no padding."""
+        everything = torch.ones(self.retrieval.shape[:1], dtype=torch.bool, device=self.retrieval.device)
+        return everything if self.mask is None else ~self.mask
+
+    @property
     def slot_use(self) -> Tensor:
-        """``(M,)``: mean retrieval weight of each slot over the tokens that are no padding; sums to 1."""
-        weights = self.retrieval if self.mask is None else self.retrieval[~self.mask]
+        """``(M,)``: mean retrieval weight of each slot over the tokens that are no padding; sums to 1, or is 0 where
+        there are none."""
+        weights = self.retrieval[self.heard]
         return weights.sum(0) / max(weights.shape[0], 1)
 
     @property
     def slot_perplexity(self) -> Tensor:
-        """Scalar: how many slots the tokens are rebuilt from in effect, from 1 to ``M``."""
+        """Scalar: how many slots the tokens are rebuilt from in effect, from 1 to ``M``; 0 where all are padding."""
         return perplexity(self.slot_use)
 
     @property

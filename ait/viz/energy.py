@@ -77,6 +77,5 @@ def _path(layer: LayerRecord) -> Tensor | None:
         if layer.energy_before is None or layer.energy_after is None:
             return None
         path = torch.stack([layer.energy_before, layer.energy_after])
-    path = path.detach().float().cpu()
-    path = path if layer.mask is None else path[:, ~layer.mask.cpu()]
+    path = path.detach()[:, layer.heard].float().cpu()
     return path if path.shape[1] else None

@@ -28,12 +28,12 @@ def plot_slot_use(
         The figure: a heat map of layers and slots, the most used first, and the perplexity of each layer.
 
     Raises:
-        ValueError: the trace is empty, its layers have different numbers of slots, or an argument is not as above.
+        ValueError: the trace is empty, no layer saw a token that is no padding, layers have different numbers of slots,
+            or an argument is not as above.
     """
-    recorded = trace[index]
-    layers = list(recorded)
+    layers = [layer for layer in trace[index] if layer.heard.any()]
     if not layers:
-        raise op_error(NAME, "a pass in which a workspace was recorded", "one without")
+        raise op_error(NAME, "a pass in which a workspace saw tokens that are no padding", "one without")
     if len({layer.num_slots for layer in layers}) > 1:
         found = ", ".join(f"{layer.name}: {layer.num_slots}" for layer in layers)
         raise op_error(NAME, "layers with the same number of slots", f"{found}; record some of them with layers=")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import results
 from results import (
@@ -16,7 +17,10 @@ from results import (
     git_revision,
     intervals_overlap,
     markdown_table,
+    pack_right,
+    paired_difference,
     read_result,
+    unpack_right,
     wilson_interval,
     write_json,
 )
@@ -77,6 +81,55 @@ def test_overlapping_intervals_show_no_difference_and_apart_they_name_the_better
     assert intervals_overlap(a["test_interval_95"], b["test_interval_95"])  # they touch
     assert comparison(a, b) == "a and b: no difference shown (the 95 % intervals overlap)"
     assert comparison(b, c) == comparison(c, b) == "c is better than b (the 95 % intervals do not overlap)"
+
+
+def _right(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """What two models got right: both, the first alone, the second alone, none."""
+    a = np.repeat([True, True, False, False], [both, first, second, neither])
+    b = np.repeat([True, False, True, False], [both, first, second, neither])
+    return a, b
+
+
+@pytest.mark.parametrize("total, shares", [(60, (0.8, 0.1, 0.05)), (360, (0.93, 0.03, 0.02)), (360, (0.5, 0.2, 0.2))])
+def test_paired_intervals_hold_the_true_difference_in_95_of_100_samples(
+    total: int, shares: tuple[float, float, float]
+) -> None:
+    generator = np.random.default_rng(0)
+    counts = generator.multinomial(total, (*shares, 1 - sum(shares)), size=4000)
+    intervals = np.array([paired_difference(*_right(*row))[1:] for row in counts])
+    truth = shares[1] - shares[2]
+    covered = ((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])).mean()
+    # The standard error of 4,000 samples is 0.0034.
+    assert 0.94 < covered < 0.97
+
+
+def test_a_paired_difference_is_antisymmetric_and_knows_what_separate_intervals_do_not() -> None:
+    a, b = _right(700, 40, 10, 50)
+    difference, low, high = paired_difference(a, b)
+    assert difference == pytest.approx(30 / 800) and 0 < low < difference < high
+    assert paired_difference(b, a) == pytest.approx((-difference, -high, -low))
+    assert intervals_overlap(wilson_interval(740, 800), wilson_interval(710, 800))
+    assert paired_difference(a, a)[0] == 0.0 and paired_difference(a, a)[1] < 0 < paired_difference(a, a)[2]
+    assert paired_difference(*_right(0, 3, 0, 0))[2] <= 1
+    with pytest.raises(ValueError, match=r"expected the same images twice, got \(3,\) and \(2,\)"):
+        paired_difference(a[:3], b[:2])
+
+
+def test_runs_that_kept_which_answers_were_right_are_compared_image_by_image() -> None:
+    runs = []
+    for name, right in zip(("a", "b"), _right(700, 40, 10, 50), strict=True):
+        share = right.mean()
+        kept = {"test_right": pack_right(right), "test_images": right.size}
+        assert (unpack_right(kept["test_right"], right.size) == right).all()
+        runs.append(_result(name, share, wilson_interval(int(right.sum()), right.size)) | kept)
+    a, b = runs
+    counts = "(40 of 800 images right in the first alone, 10 in the second alone)"
+    _, low, high = (100 * value for value in paired_difference(*_right(700, 40, 10, 50)))
+    assert comparison(a, b) == f"a less b: +3.75 points, 95 % interval {low:.2f} to {high:.2f} {counts}: a is better"
+    assert comparison(b, a).endswith("in the second alone): a is better") and "b less a: -3.75" in comparison(b, a)
+    assert comparison(a, a).endswith("no difference shown")
+    del b["test_right"]
+    assert comparison(a, b) == "a and b: no difference shown (the 95 % intervals overlap)"
 
 
 def test_command_prints_the_table_and_compares_runs_on_the_same_data(

@@ -61,9 +61,6 @@ def encoder_layer(norm_first: bool) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True, norm_first=norm_first)
 
 
-KINDS = {"own": Own, "multihead": lambda: Multihead(True), "layer": lambda: encoder_layer(True)}
-
-
 def weights_of(module: nn.Module, x: Tensor) -> Tensor:
     """The weights of a module's attention, from PyTorch's own answer or the equation."""
     if isinstance(module, Own):

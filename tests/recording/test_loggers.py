@@ -46,6 +46,44 @@ def test_quantities_that_a_layer_does_not_have_are_left_out() -> None:
     assert set(scalars(trace.layer(0))) == {"slot_perplexity", "dead_slots", "moved", "balance_loss"}
 
 
+class Kept:
+    def __init__(self) -> None:
+        self.tags: list[str] = []
+        self.values: list[float] = []
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.tags.append(tag)
+        self.values.append(scalar_value)
+
+    def add_histogram(self, tag: str, values: Any, global_step: int) -> None:
+        self.tags.append(tag)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(2, 5), (0, 5)], ids=["padding", "nothing"])
+def test_a_batch_of_padding_alone_logs_what_there_is_to_say_and_no_nan(shape: tuple[int, int], training: bool) -> None:
+    torch.manual_seed(1)
+    layer = ait.GlobalWorkspace(8, num_slots=4, slot_dim=6, num_heads=2).train(training)
+    writer = Kept()
+    with ait.WorkspaceLogger(writer, layer, every=1, histograms=True) as logger, ait.record(layer) as trace:
+        layer(torch.randn(*shape, 8), torch.ones(shape, dtype=torch.bool))
+        logged = logger.log(0)
+    assert set(logged) == {"workspace/moved", "workspace/balance_loss"}
+    assert writer.values == list(logged.values()) == [0.0, 0.0]
+    assert set(writer.tags) == {f"workspace/workspace/{name}" for name in ("moved", "balance_loss")}
+    seen = trace.layer(0)
+    assert float(seen.slot_perplexity) == 0 and not seen.heard.any()
+    assert "nan" not in trace.summary() and trace.summary().split() == [
+        "layer",
+        "moved",
+        "balance",
+        "loss",
+        "workspace",
+        "0",
+        "0",
+    ]
+
+
 def test_tensorboard_gets_what_a_recording_of_the_same_step_holds_at_every_so_manieth_step(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from torch.utils.tensorboard import SummaryWriter

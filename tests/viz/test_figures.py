@@ -181,6 +181,16 @@ def test_slot_use_marks_dead_slots_and_sorts_the_rest() -> None:
     assert sum(len(line.get_xdata()) for line in figure.axes[0].lines) == int((expected < 4).sum())
 
 
+def test_figures_of_padding_alone_say_that_there_is_nothing_else() -> None:
+    layer = ait.GlobalWorkspace(8, num_slots=4, slot_dim=6, num_heads=2).eval()
+    with torch.no_grad(), ait.record(layer) as trace:
+        layer(torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="plot_slot_use: expected a pass in which a workspace saw tokens that are no"):
+        viz.plot_slot_use(trace)
+    with pytest.raises(ValueError, match=r"plot_energy: expected a layer that retrieves .* and saw tokens"):
+        viz.plot_energy(trace)
+
+
 @pytest.mark.parametrize(
     "shape, grid, prefix",
     [
