@@ -3,18 +3,19 @@
     python experiments/evaluate.py --model ait_tiny --pretrained cifar10 --data cifar10 --data-dir data/cifar10
     python experiments/evaluate.py --checkpoint runs/digits-ait_tiny-0/checkpoint.pt
 
-prints the accuracy with its 95 % interval. With --check-card, it is compared with the figure that the weights state.
+prints the accuracy with its 95 % interval. With --check-card, it is compared with the figure that the weights state; with
+--against vit_tiny, with what that model makes of the same images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import wilson_interval
+from results import comparison, pack_right, wilson_interval
 from run_folder import load_checkpoint
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class Options:
     """Let torchvision download the data into --data-dir if it is not there."""
     check_card: bool = False
     """Fail where the accuracy is off the weights' stated one by more than 0.1 points."""
+    against: str | None = None
+    """Another model with --pretrained weights, to compare with image by image."""
     batch_size: int = 128
     threads: int | None = None
     """CPU threads; torch's choice by default."""
@@ -57,7 +60,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     """Tests a model.
 
     Returns:
-        ``weights``, ``data``, ``test_correct``, ``test_images``, ``test_accuracy`` and ``test_interval_95``.
+        ``run`` (which weights), ``data``, ``test_correct``, ``test_images``, ``test_accuracy``, ``test_interval_95`` and
+        ``test_right``, as in a run's ``result.json``.
 
     Raises:
         ValueError, OSError, ImportError, TypeError: options, weights or data do not allow it.
@@ -83,16 +87,18 @@ def evaluate(options: Options) -> dict[str, Any]:
     if options.data not in (None, trained_on):
         raise ValueError(f"evaluate: expected data {trained_on}, which {weights} was trained on, got {options.data}")
     splits = load_images(trained_on, options.data_dir, options.download, img_size=img_size)
-    correct = count_correct(
+    right = answers_right(
         model.to(options.device), splits.test, splits.normalize, batch_size=options.batch_size, device=options.device
     )
+    correct = int(right.sum())
     return {
-        "weights": weights,
+        "run": weights,
         "data": trained_on,
         "test_correct": correct,
         "test_images": len(splits.test),
         "test_accuracy": correct / len(splits.test),
         "test_interval_95": wilson_interval(correct, len(splits.test)),
+        "test_right": pack_right(right),
     }
 
 
@@ -104,6 +110,8 @@ def check(options: Options) -> None:
         raise ValueError("evaluate: --pretrained needs --model")
     if options.check_card and options.pretrained is None:
         raise ValueError("evaluate: --check-card needs --pretrained: a checkpoint has no card")
+    if options.against is not None and options.pretrained is None:
+        raise ValueError("evaluate: --against needs --pretrained, whose weights both models get")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"evaluate: expected threads to be at least 1, got {options.threads}")
 
@@ -126,21 +134,21 @@ def model_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def count_correct(
+def answers_right(
     model: nn.Module,
     data: LabelledImages | QuestionDataset,
     normalize: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 128,
     device: str = "cpu",
-) -> int:
-    """Images whose largest logit is that of their class; leaves the model in evaluation mode."""
+) -> Tensor:
+    """``(n,)`` bool: images whose largest logit is that of their class; leaves the model in evaluation mode."""
     model.eval()
-    correct = 0
+    right = []
     for images, *questions, labels in data.batches(batch_size):
         logits = model(normalize(images.to(device)), *(each.to(device) for each in questions))  # (B, classes)
-        correct += int((logits.argmax(1).cpu() == labels).sum())
-    return correct
+        right.append(logits.argmax(1).cpu() == labels)
+    return torch.cat(right)
 
 
 def check_card(accuracy: float, stated: float) -> str:
@@ -161,15 +169,18 @@ def check_card(accuracy: float, stated: float) -> str:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     try:
-        result = evaluate(options)
-        low, high = result["test_interval_95"]
-        print(
-            f"{result['weights']} on {result['data']}: test accuracy {100 * result['test_accuracy']:.2f} % "
-            f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), {result['test_images']:,} images"
-        )
-        if options.check_card:
-            stated = ait.pretrained_config(result["weights"]).test_accuracy
-            print(check_card(result["test_accuracy"], stated))
+        asked = [options] if options.against is None else [options, replace(options, model=options.against)]
+        results = [evaluate(each) for each in asked]
+        for result in results:
+            low, high = result["test_interval_95"]
+            print(
+                f"{result['run']} on {result['data']}: test accuracy {100 * result['test_accuracy']:.2f} % "
+                f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), {result['test_images']:,} images"
+            )
+            if options.check_card:
+                print(check_card(result["test_accuracy"], ait.pretrained_config(result["run"]).test_accuracy))
+        if options.against is not None:
+            print(f"{comparison(*results)}.")
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import count_correct, model_of
+from evaluate import answers_right, model_of
 from results import read_result, wilson_interval
 from run_folder import load_checkpoint
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def export(options: Options) -> PretrainedConfig:
     tensors = rounded(model)
     model.load_state_dict(tensors)
     splits = load_images(result["data"], options.data_dir, img_size=checkpoint["config"].get("img_size"))
-    correct = count_correct(model, splits.test, splits.normalize)
+    correct = int(answers_right(model, splits.test, splits.normalize).sum())
     config = PretrainedConfig(
         model=result["model"],
         model_arguments=checkpoint["model_arguments"],

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from evaluate import count_correct
+from evaluate import answers_right
 from results import environment, git_revision, intervals_overlap, wilson_interval, write_json
 from torch import Tensor, nn
 from train import Schedule, parameter_groups
@@ -187,7 +187,7 @@ def run(config: Config, images: Images, arm: str, seed: int, lr: float, is_trial
         nn.utils.clip_grad_norm_(trainable, config.clip_norm)
         optimizer.step()
     seconds = time.perf_counter() - start
-    correct = count_correct(model, images.validation, pretrained_normalize)
+    correct = int(answers_right(model, images.validation, pretrained_normalize).sum())
     result: dict[str, Any] = {
         "arm": arm,
         "seed": seed,
@@ -199,7 +199,7 @@ def run(config: Config, images: Images, arm: str, seed: int, lr: float, is_trial
         "validation_images": len(images.validation),
     }
     if not is_trial:
-        correct = count_correct(model, images.test, pretrained_normalize)
+        correct = int(answers_right(model, images.test, pretrained_normalize).sum())
         result |= {
             "test_correct": correct,
             "test_images": len(images.test),

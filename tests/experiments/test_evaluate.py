@@ -106,6 +106,19 @@ def test_shipped_weights_are_tested_and_held_against_their_card(
         evaluate_module.main()
 
 
+def test_two_models_are_compared_on_the_same_images(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "ait_tiny", "--against", "vit_tiny", "--pretrained", "cifar10", "--data-dir", str(data_dir)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments, "--threads", "1"])
+    evaluate_module.main()
+    first, second, difference = capsys.readouterr().out.splitlines()
+    assert first.startswith("ait_tiny.cifar10 on cifar10") and second.startswith("vit_tiny.cifar10 on cifar10")
+    counts = [int(round(float(line.split("accuracy ")[1].split(" %")[0]) / 5)) for line in (first, second)]  # of 20
+    assert difference.startswith(f"ait_tiny.cifar10 less vit_tiny.cifar10: {5 * (counts[0] - counts[1]):+.2f} points")
+    assert "of 20 images right in the first alone" in difference
+
+
 def test_the_card_s_figure_allows_a_tenth_of_a_point() -> None:
     assert "the card states 75.41 %, -0.10 points from it" in check_card(0.7531, 0.7541)
     with pytest.raises(ValueError, match=r"got 75\.52 %"):
@@ -119,6 +132,7 @@ def test_the_card_s_figure_allows_a_tenth_of_a_point() -> None:
         ({"pretrained": "cifar10", "checkpoint": Path("a.pt")}, "expected one of --pretrained and --checkpoint"),
         ({"pretrained": "cifar10"}, "--pretrained needs --model"),
         ({"checkpoint": Path("a.pt"), "check_card": True}, "--check-card needs --pretrained"),
+        ({"checkpoint": Path("a.pt"), "against": "vit_tiny"}, "--against needs --pretrained"),
         ({"model": "ait_tiny", "pretrained": "mnist"}, "no pretrained weights 'mnist'"),
         ({"model": "ait_tiny", "pretrained": "cifar10", "data": "digits"}, "expected data cifar10"),
         ({"model": "ait_tiny", "pretrained": "cifar10", "threads": 0}, "expected threads to be at least 1"),

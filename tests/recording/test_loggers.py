@@ -73,15 +73,7 @@ def test_a_batch_of_padding_alone_logs_what_there_is_to_say_and_no_nan(shape: tu
     assert set(writer.tags) == {f"workspace/workspace/{name}" for name in ("moved", "balance_loss")}
     seen = trace.layer(0)
     assert float(seen.slot_perplexity) == 0 and not seen.heard.any()
-    assert "nan" not in trace.summary() and trace.summary().split() == [
-        "layer",
-        "moved",
-        "balance",
-        "loss",
-        "workspace",
-        "0",
-        "0",
-    ]
+    assert trace.summary().split() == ["layer", "moved", "balance", "loss", "workspace", "0", "0"]
 
 
 def test_tensorboard_gets_what_a_recording_of_the_same_step_holds_at_every_so_manieth_step(tmp_path: Path) -> None:
