@@ -3,8 +3,8 @@
     python experiments/evaluate.py --model ait_tiny --pretrained cifar10 --data cifar10 --data-dir data/cifar10
     python experiments/evaluate.py --checkpoint runs/digits-ait_tiny-0/checkpoint.pt
 
-prints the accuracy with its 95 % interval. With --check-card, it is compared with the figure that the weights state; with
---against vit_tiny, with what that model makes of the same images.
+prints the accuracy with its 95 % interval. With --check-card, it is compared with the figure that the weights state;
+with --against vit_tiny, with what that model makes of the same images.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     """Tests a model.
 
     Returns:
-        ``run`` (which weights), ``data``, ``test_correct``, ``test_images``, ``test_accuracy``, ``test_interval_95`` and
-        ``test_right``, as in a run's ``result.json``.
+        ``run`` (which weights), ``data``, ``test_correct``, ``test_images``, ``test_accuracy``, ``test_interval_95``
+        and ``test_right``, as in a run's ``result.json``.
 
     Raises:
         ValueError, OSError, ImportError, TypeError: options, weights or data do not allow it.

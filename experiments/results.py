@@ -92,15 +92,16 @@ def unpack_right(packed: str, total: int) -> np.ndarray:
 
 
 def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """One sentence on two results: which is better, or that no difference was shown."""
+    """A sentence on two results: which is better, or that no difference was shown; image by image where it can be."""
     if "test_right" in a and "test_right" in b and a["test_images"] == b["test_images"]:
         first, second = (unpack_right(each["test_right"], each["test_images"]) for each in (a, b))
         points, low, high = (100 * value for value in paired_difference(first, second))
-        verdict = "no difference shown" if low <= 0 <= high else f"{(a if points > 0 else b)['run']} is better"
+        gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+        verdict = "no difference shown" if low <= 0 <= high else f"{(a if points > 0 else b)['run']} is better on them"
         return (
-            f"{a['run']} less {b['run']}: {points:+.2f} points, 95 % interval {low:.2f} to {high:.2f} "
-            f"({(first & ~second).sum():,} of {first.size:,} images right in the first alone, "
-            f"{(second & ~first).sum():,} in the second alone): {verdict}"
+            f"{a['run']} less {b['run']}: {points:+.2f} points, 95 % interval {low:.2f} to {high:.2f}, on the same "
+            "images\n"
+            f"({gained:,} of {first.size:,} right in the first alone, {lost:,} in the second alone): {verdict}"
         )
     if intervals_overlap(a["test_interval_95"], b["test_interval_95"]):
         return f"{a['run']} and {b['run']}: no difference shown (the 95 % intervals overlap)"

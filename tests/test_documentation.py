@@ -1,4 +1,7 @@
-"""README and docs: every Python block runs, and the site builds without a warning."""
+"""README and docs: every Python block runs, and the site builds without a warning.
+
+Bash blocks are in ``test_documented_commands.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARD = ROOT / "ait" / "models" / "weights" / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), CARD]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")

@@ -39,7 +39,7 @@ def test_both_models_are_trained_and_drawn_and_a_second_demo_replaces_the_first(
         assert len(image.convert("RGB").resize((200, 200)).getcolors(40_000)) > 100  # something is drawn
     output = capsys.readouterr().out
     assert "ait_tiny" in output and "vit_tiny" in output and "95 % interval" in output
-    assert "ait_tiny less vit_tiny: " in output and "right in the first alone" in output
+    assert "ait_tiny less vit_tiny: " in output and "of 360 right in the first alone" in output
     assert str(picture) in output
     assert all((tmp_path / model / "result.json").is_file() for model in ("ait_tiny", "vit_tiny"))
 
