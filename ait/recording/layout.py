@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def find_workspaces(caller: str, model: Any) -> dict[str, GlobalWorkspace]:
         raise op_error(
             caller,
             "a model with a GlobalWorkspace or GlobalWorkspaceLayer in it",
-            f"{type(model).__name__} without one (ait.create_model makes models that have them)",
+            f"{type(model).__name__} without one (ait.insert_workspace puts them into a model, and ait.create_model "
+            "makes models that have them)",
         )
     return found
 
@@ -61,7 +62,7 @@ def choose_workspaces(
         return workspaces
     names = list(workspaces)
     chosen: set[str] = set()
-    for layer in [layers] if isinstance(layers, str | int) else list(layers):
+    for layer in list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]:
         if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
             chosen.add(names[layer])
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -89,22 +89,13 @@ def record(
         device=device,
         detach=detach,
     )
-    return _while_recording(recorder)
+    return recorder
 
 
-@contextlib.contextmanager
-def _while_recording(recorder: Recorder) -> Iterator[Trace]:
-    recorder.start()
-    try:
-        yield recorder.trace
-    finally:
-        recorder.stop()
-
-
-class Recorder:
+class Recorder(contextlib.AbstractContextManager[Trace]):
     """:func:`record` in two calls, for loggers: ``start()`` and ``stop()``, any number of times.
 
-    The arguments are those of :func:`record`; what is recorded fills ``trace``.
+    The arguments are those of :func:`record`; what is recorded fills ``trace``, which a ``with`` block is given, too.
 
     Raises:
         ValueError: as :func:`record`.
@@ -179,6 +170,13 @@ class Recorder:
         """Ends the recording, and takes every hook out of the model."""
         if self._handles:
             self._end()
+
+    def __enter__(self) -> Trace:
+        self.start()
+        return self.trace
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _end(self) -> None:
         for handle in self._handles:

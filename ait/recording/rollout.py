@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ait.nn._validate import check_number
 from ait.ops._checks import op_error
-from ait.recording.trace import AttentionRecord, LayerRecord, Pass, Trace
+from ait.recording.trace import AttentionRecord, LayerRecord, Pass, Trace, check_trace
 
 NAME = "attention_rollout"
 
@@ -72,7 +72,7 @@ def attention_rollout(
     Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers, arXiv 2005.00928, section 3; the workspace's
     factor is this library's extension of it.
     """
-    recorded = trace[index]
+    recorded = check_trace(NAME, trace)[index]
     attention_weight = check_number(NAME, "attention_weight", attention_weight, "[0, 1]")
     workspace_weight = check_number(NAME, "workspace_weight", workspace_weight, "[0, 1]")
     if batch_share is not None:
@@ -126,8 +126,8 @@ def _check(recorded: Pass) -> tuple[int, int]:
         raise op_error(
             NAME,
             "recorded self-attention",
-            "none: record a call of the whole model with ait.record(model, attention=True). Attention that does not "
-            "go through torch.nn.functional.scaled_dot_product_attention is not seen; "
+            "none: record a call of the whole model with ait.record(model, attention=True). Attention that goes through "
+            "neither torch.nn.functional.scaled_dot_product_attention nor a module of torch.nn is not seen; "
             "timm.layers.set_fused_attn(True) and attn_implementation='sdpa' (transformers) make models use it",
         )
     sizes = {(layer.batch, layer.tokens_per_image) for layer in recorded}

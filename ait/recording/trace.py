@@ -234,8 +234,8 @@ class Trace:
     def __getitem__(self, index: int) -> Pass:
         if not self.passes:
             raise op_error("record", "a forward pass of the model inside the recording", "none: the trace is empty")
-        if not -len(self.passes) <= index < len(self.passes):
-            raise op_error("record", f"the index of one of {len(self.passes)} recorded passes", index)
+        if not isinstance(index, int) or not -len(self.passes) <= index < len(self.passes):
+            raise op_error("record", f"the index of one of {len(self.passes)} recorded passes", repr(index))
         return self.passes[index]
 
     def layer(self, layer: str | int, index: int = -1) -> LayerRecord:
@@ -299,6 +299,17 @@ class Trace:
         from ait.recording.files import load_trace
 
         return load_trace(path)
+
+
+def check_trace(caller: str, trace: Any) -> Trace:
+    """The trace, or an error that says what came in its place.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(trace, Trace):
+        raise op_error(caller, "a Trace, such as `with ait.record(model) as trace:` gives", type(trace).__name__)
+    return trace
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ait.ops._checks import op_error
-from ait.recording.trace import LayerRecord, Trace
+from ait.recording.trace import LayerRecord, Trace, check_trace
 from ait.viz.style import OKABE_ITO, Theme, check_width, new_figure, short_name, style
 
 NAME = "plot_energy"
@@ -18,7 +20,7 @@ def plot_energy(
     trace: Trace,
     *,
     index: int = -1,
-    layers: list[str | int] | None = None,
+    layers: Sequence[str | int] | str | int | None = None,
     theme: Theme = "light",
     width: float = 4.5,
 ) -> Figure:
@@ -40,9 +42,10 @@ def plot_energy(
     Raises:
         ValueError: the trace is empty, has no such layer, or none with an energy (attention readers have none).
     """
-    recorded = trace[index]
+    recorded = check_trace(NAME, trace)[index]
     width = check_width(NAME, width)
-    chosen = list(recorded) if layers is None else [recorded[layer] for layer in layers]
+    asked = [layers] if isinstance(layers, str | int) else layers
+    chosen = list(recorded) if asked is None else [recorded[layer] for layer in asked]
     paths = [(layer, path) for layer in chosen if (path := _path(layer)) is not None]
     if not paths:
         raise op_error(NAME, "a layer that retrieves by Hopfield energy and saw tokens", "none")

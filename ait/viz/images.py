@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +57,10 @@ def find_grid(name: str, layer: LayerRecord, images: Tensor, grid: tuple[int, in
     if grid is None and layer.grid is not None:
         grid = layer.grid
     if grid is not None:
-        rows, columns = grid
+        sides = tuple(grid) if isinstance(grid, Sequence) else (grid,)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise op_error(name, "grid=(rows, columns), two positive integers", repr(grid))
+        rows, columns = sides
         prefix = tokens - rows * columns
         if prefix < 0:
             raise op_error(name, f"a grid of at most {tokens} patches, the tokens of an image", f"{rows} x {columns}")
@@ -82,7 +85,9 @@ def check_images(name: str, images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise op_error(name, "images to be a tensor (B, C, H, W)", type(images).__name__)
     if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise op_error(name, "images of shape (B, 1 or 3, H, W)", tuple(images.shape))
+        shape = tuple(images.shape)
+        last = images.dim() == 4 and images.shape[-1] in (1, 3)
+        raise op_error(name, "images of shape (B, 1 or 3, H, W)", f"{shape}; permute(0, 3, 1, 2)" if last else shape)
 
 
 def to_pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
@@ -95,13 +100,18 @@ def to_pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] 
     if image.dtype == torch.uint8:
         pixels = pixels / 255
     if mean is not None or std is not None:
-        channels = image.shape[0]
-        scale = torch.tensor([1.0] * channels if std is None else list(std)).view(-1, 1, 1)
-        shift = torch.tensor([0.0] * channels if mean is None else list(mean)).view(-1, 1, 1)
-        pixels = pixels * scale + shift
+        pixels = pixels * _by_channel("std", std, 1.0, image.shape[0]) + _by_channel("mean", mean, 0.0, image.shape[0])
     elif float(pixels.min()) < 0 or float(pixels.max()) > 1:
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
     return pixels.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _by_channel(name: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:
+    """``(C, 1, 1)``."""
+    given = [default] * channels if values is None else list(values) if isinstance(values, Iterable) else [values]
+    if len(given) not in (1, channels):
+        raise op_error("ait.viz", f"{name} with a number for each of the {channels} channels", f"{len(given)} numbers")
+    return torch.tensor([float(value) for value in given]).view(-1, 1, 1)
 
 
 def show_image(axes: Axes, pixels: np.ndarray) -> None:

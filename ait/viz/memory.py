@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ait.ops._checks import op_error
 from ait.recording.history import MemoryHistory
 from ait.viz.style import OKABE_ITO, Theme, bare, check_width, new_figure, short_name, style
 
@@ -32,6 +33,8 @@ def plot_memory(history: MemoryHistory, *, layer: str | int = 0, theme: Theme = 
     Raises:
         ValueError: the history is empty or has no such layer, or an argument is not as above.
     """
+    if not isinstance(history, MemoryHistory):
+        raise op_error(NAME, "an ait.MemoryHistory with at least two steps", type(history).__name__)
     distance, similarity, gram = history.distance(layer), history.similarity(layer), history.gram(layer)
     width, steps = check_width(NAME, width), history.steps
     name = layer if isinstance(layer, str) else history.layer_names[layer]

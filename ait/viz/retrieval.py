@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ait.recording.trace import Trace
+from ait.recording.trace import Trace, check_trace
 from ait.viz.images import Grid, choose_shown, extent, find_grid, show_image, to_pixels
 from ait.viz.style import OKABE_ITO, Theme, add_bar, check_width, new_figure, on_colour, short_name, style
 
@@ -56,7 +56,7 @@ def plot_retrieval(
         ValueError: the trace is empty or has no such layer, the images are not those of the record, or another
             argument is not as above.
     """
-    record = trace.layer(layer, index)
+    record = check_trace(NAME, trace).layer(layer, index)
     places = find_grid(NAME, record, images, grid)
     chosen = choose_shown(NAME, record, image)
     width = check_width(NAME, width)

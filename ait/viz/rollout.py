@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ait.ops._checks import op_error
 from ait.recording.rollout import Rollout, attention_rollout
-from ait.recording.trace import Trace
+from ait.recording.trace import Trace, check_trace
 from ait.viz.images import choose_shown, extent, find_grid, show_faded, show_image, to_pixels
 from ait.viz.style import OKABE_ITO, Theme, add_bar, bare, check_width, new_figure, on_colour, style
 
@@ -59,7 +59,7 @@ def plot_rollout(
         ValueError: as :func:`ait.viz.attention_rollout`, or the images are not those of the record, or another
             argument is not as above.
     """
-    record = trace.layer(0, index)
+    record = check_trace(NAME, trace).layer(0, index)
     places = find_grid(NAME, record, images, grid)
     chosen = choose_shown(NAME, record, image)
     tokens = record.tokens_per_image

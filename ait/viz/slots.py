@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ait.ops._checks import check_positive_int, op_error
-from ait.recording.trace import LayerRecord, Trace
+from ait.recording.trace import LayerRecord, Trace, check_trace
 from ait.viz.images import choose_shown, extent, find_grid, show_faded, show_image, to_pixels
 from ait.viz.style import Theme, add_bar, check_width, new_figure, short_name, style
 
@@ -58,13 +58,13 @@ def plot_slots(
         ValueError: the trace is empty or has no such layer or write, the images are not those of the record, or
             another argument is not as above.
     """
-    record = trace.layer(layer, index)
+    record = check_trace(NAME, trace).layer(layer, index)
     write = record.require_write(NAME)
     places = find_grid(NAME, record, images, grid)
     chosen = choose_shown(NAME, record, image)
     gates_SMT = write.dense_gates()
     heads = gates_SMT.shape[0]
-    if head is not None and (not isinstance(head, int) or not -heads <= head < heads):
+    if head is not None and (not isinstance(head, int) or isinstance(head, bool) or not -heads <= head < heads):
         raise op_error(NAME, f"head from 0 to {heads - 1}, or None for their mean", repr(head))
     gates_MT = gates_SMT.mean(0) if head is None else gates_SMT[head]
     gates_MBN = record.by_image(gates_MT).detach().cpu().float()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
+from ait.nn._validate import check_number
 from ait.ops._checks import op_error
-from ait.recording.trace import Trace
+from ait.recording.trace import Trace, check_trace
 from ait.viz.style import OKABE_ITO, Theme, check_width, faint, ink, new_figure, short_name, style
 
 NAME = "plot_slot_use"
@@ -31,13 +32,14 @@ def plot_slot_use(
         ValueError: the trace is empty, no layer saw a token that is no padding, layers have different numbers of slots,
             or an argument is not as above.
     """
-    layers = [layer for layer in trace[index] if layer.heard.any()]
+    layers = [layer for layer in check_trace(NAME, trace)[index] if layer.heard.any()]
     if not layers:
         raise op_error(NAME, "a pass in which a workspace saw tokens that are no padding", "one without")
     if len({layer.num_slots for layer in layers}) > 1:
         found = ", ".join(f"{layer.name}: {layer.num_slots}" for layer in layers)
         raise op_error(NAME, "layers with the same number of slots", f"{found}; record some of them with layers=")
     num_slots, width = layers[0].num_slots, check_width(NAME, width)
+    threshold = check_number(NAME, "threshold", threshold, "[0, inf)")
     use = torch.stack([layer.slot_use.detach().cpu().float() for layer in layers]).sort(descending=True).values
 
     with style(theme):

@@ -114,9 +114,11 @@ def test_what_the_workspaces_did_is_kept_and_reaches_tensorboard(finished: tuple
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     (name,) = trace.layer_names
     kept = checkpoint["state_dict"][f"{name}.memory.gamma"]
-    assert torch.equal(trace.layer(0).memory_before, kept)
+    # Rows are normalised when read, which may change the last bit of a row of norm 1.
+    torch.testing.assert_close(trace.layer(0).memory_before, kept, rtol=0, atol=2e-7)
     assert history.steps == list(range(result["epochs"] + 1))
-    assert torch.equal(history.memory(0)[checkpoint["epoch"]], kept) and float(history.distance(0)[1].min()) > 0
+    assert torch.equal(history.memory(0)[checkpoint["epoch"]], trace.layer(0).memory_before)
+    assert float(history.distance(0)[1].min()) > 1e-4
     assert trace[0].inputs is not None and trace[0].inputs.dtype == torch.uint8
     write = trace.layer(0).write
     assert write is not None and not write.kept and len(trace[0].attention) == 1

@@ -18,7 +18,10 @@ from tests.recording.models import hook_count, small_model, some_images
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), ait.create_model("vit_tiny")], ids=["Linear", "ViT"])
 def test_a_model_without_workspace(model: nn.Module) -> None:
     with (
-        pytest.raises(ValueError, match=r"record: expected a model with a GlobalWorkspace.*without one.*create_model"),
+        pytest.raises(
+            ValueError,
+            match=r"record: expected a model with a GlobalWorkspace.*without one.*insert_workspace.*create_model",
+        ),
         ait.record(model),
     ):
         pass
@@ -38,7 +41,7 @@ def test_no_module_at_all() -> None:
         pass
 
 
-@pytest.mark.parametrize("layers", [["blocks.7"], [2], [-3], "blocks.", ["norm2"], [True], [1.5]], ids=str)
+@pytest.mark.parametrize("layers", [["blocks.7"], [2], [-3], "blocks.", ["norm2"], [True], [1.5], 1.5], ids=str)
 def test_layers_that_do_not_exist(layers: Any) -> None:
     model = small_model()
     expected = r"record: expected layers by index \(0 to 1\) or name \('blocks.0.mlp.workspace', 'blocks.1"
@@ -93,6 +96,19 @@ def test_a_recorder_that_is_started_twice() -> None:
         recorder.start()
     recorder.stop()
     recorder.stop()
+
+
+def test_a_recording_that_is_entered_again_goes_on_and_within_itself_is_an_error() -> None:
+    model = small_model().eval()
+    recording = ait.record(model)
+    for number in (1, 2):
+        with recording as trace:
+            model(some_images())
+        model(some_images())
+        assert len(trace) == number and hook_count(model) == 0
+    with recording, pytest.raises(RuntimeError, match="expected a recorder that is not recording"), recording:
+        pass
+    assert hook_count(model) == 0
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -158,6 +174,9 @@ def test_histories_without_steps_and_steps_out_of_order() -> None:
     assert history.log(2) and not history.log(3)
     with pytest.raises(ValueError, match="expected a step after 2, got 0"):
         history.log(0)
+    for step in (-1, "4", 4.0):
+        with pytest.raises(ValueError, match="expected a step that is an integer of at least 0, got"):
+            history.log(step)  # type: ignore[arg-type]
     for layer in ("head", "blocks", 2, True):
         with pytest.raises(
             ValueError, match=r"MemoryHistory: expected a recorded layer \(an index, or one of 'blocks.0"

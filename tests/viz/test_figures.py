@@ -233,9 +233,10 @@ IMAGE_FIGURES = [viz.plot_slots, viz.plot_retrieval, viz.plot_rollout]
         ),
         (torch.zeros(4, 3, 32, 16), "square patches fill"),
         (torch.zeros(3, 16, 16), r"expected images of shape \(B, 1 or 3, H, W\)"),
+        (torch.zeros(4, 16, 16, 3), r"got \(4, 16, 16, 3\); permute\(0, 3, 1, 2\)"),
         (np.zeros((4, 3, 16, 16)), "expected images to be a tensor"),
     ],
-    ids=["another batch", "not filled", "not square", "one image", "an array"],
+    ids=["another batch", "not filled", "not square", "one image", "channels last", "an array"],
 )
 def test_images_of_the_wrong_size(plot: Callable[..., Figure], images: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
@@ -280,9 +281,40 @@ def test_a_memory_without_steps_and_arguments_that_are_wrong() -> None:
         (viz.plot_slots, dict(image=4), "images of the recorded batch, 0 to 3, got 4"),
         (viz.plot_slots, dict(layer="head"), "a recorded layer"),
         (viz.plot_rollout, dict(token=16), "token from 0 to 15"),
+        (viz.plot_slots, dict(head=True), "head from 0 to 1"),
+        (viz.plot_slots, dict(index="last"), "the index of one of 1 recorded passes, got 'last'"),
+        (viz.plot_slots, dict(grid=4), r"grid=\(rows, columns\), two positive integers, got 4"),
+        (viz.plot_slots, dict(grid=(0, 4)), r"two positive integers, got \(0, 4\)"),
+        (viz.plot_retrieval, dict(mean=[0.5, 0.5]), "mean with a number for each of the 3 channels, got 2 numbers"),
     ):
         with pytest.raises(ValueError, match=expected):
             plot(trace, images, **options)  # type: ignore[operator]
+
+
+def test_something_else_in_the_place_of_a_trace_or_history_is_named() -> None:
+    trace, images = recorded(), some_images()
+    for draw in (
+        lambda wrong: viz.plot_slots(wrong, images),
+        lambda wrong: viz.plot_retrieval(wrong, images),
+        lambda wrong: viz.plot_rollout(wrong, images),
+        lambda wrong: viz.plot_energy(wrong),
+        lambda wrong: viz.plot_slot_use(wrong),
+        lambda wrong: viz.attention_rollout(wrong),
+    ):
+        for wrong in (trace[0], None, "trace.npz"):
+            with pytest.raises(ValueError, match=rf"expected a Trace, such as .*got {type(wrong).__name__}"):
+                draw(wrong)
+    with pytest.raises(ValueError, match=r"plot_memory: expected an ait\.MemoryHistory.*got Trace"):
+        viz.plot_memory(trace)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threshold to be a finite number"):
+        viz.plot_slot_use(trace, threshold="low")  # type: ignore[arg-type]
+
+
+def test_energy_of_one_layer_by_index_or_name() -> None:
+    trace = recorded()
+    for layers in (1, "blocks.1", [1], ("blocks.1",)):
+        (line,) = viz.plot_energy(trace, layers=layers).axes[0].lines
+        assert line.get_label() == "blocks.1"
 
 
 def test_traces_of_another_model_name_what_does_not_fit() -> None:
