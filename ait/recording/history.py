@@ -70,13 +70,13 @@ class MemoryHistory:
         if not self._workspaces:
             raise op_error("MemoryHistory.log", "a history made of a model", "one that was loaded from a file")
         first = self.steps[-1] + 1 if self.steps else 0
-        if not isinstance(step, int) or step < 0:
+        if not hasattr(step, "__index__") or step < 0:
             raise op_error("MemoryHistory.log", "a step that is an integer of at least 0", repr(step))
         if step % self.every:
             return False
         if step < first:
             raise op_error("MemoryHistory.log", f"a step after {self.steps[-1]}", step)
-        self.steps.append(step)
+        self.steps.append(int(step))
         for name, workspace in self._workspaces.items():
             memory = workspace.memory
             self._memories[name].append(memory.as_read(memory.gamma).detach().to("cpu", copy=True))

@@ -126,7 +126,7 @@ def _check(recorded: Pass) -> tuple[int, int]:
         raise op_error(
             NAME,
             "recorded self-attention",
-            "none: record a call of the whole model with ait.record(model, attention=True). Attention that goes through "
+            "none: record a call of the whole model with ait.record(model, attention=True). Attention that calls "
             "neither torch.nn.functional.scaled_dot_product_attention nor a module of torch.nn is not seen; "
             "timm.layers.set_fused_attn(True) and attn_implementation='sdpa' (transformers) make models use it",
         )

@@ -17,13 +17,8 @@ from tests.recording.models import hook_count, small_model, some_images
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), ait.create_model("vit_tiny")], ids=["Linear", "ViT"])
 def test_a_model_without_workspace(model: nn.Module) -> None:
-    with (
-        pytest.raises(
-            ValueError,
-            match=r"record: expected a model with a GlobalWorkspace.*without one.*insert_workspace.*create_model",
-        ),
-        ait.record(model),
-    ):
+    expected = r"record: expected a model with a GlobalWorkspace.*without one.*insert_workspace.*create_model"
+    with pytest.raises(ValueError, match=expected), ait.record(model):
         pass
     for name, make in {"MemoryHistory": MemoryHistory, "record": lambda m: WorkspaceLogger(Scalars(), m)}.items():
         with pytest.raises(ValueError, match=f"{name}: expected a model with a GlobalWorkspace"):
