@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from ait.ops.reference import accumulate_dtype
 from ait.recording.statistics import attention_weights
 
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
 # Takes a tensor that the attention is computed from, and what computes its weights.
 Receive = Callable[[Tensor, Callable[[], Tensor]], None]
 
@@ -22,14 +24,16 @@ Receive = Callable[[Tensor, Callable[[], Tensor]], None]
 class SelfAttentionCapture(TorchFunctionMode):
     """Hands on the attention weights ``(B, N, N)``, means over heads, of each self-attention of ``model``, as they run.
 
-    Three kinds are seen, side by side in one model:
+    Four kinds are seen, side by side in one model:
 
     - :func:`torch.nn.functional.scaled_dot_product_attention`, which the attention of ait, timm and Transformers
       calls, whatever it did to queries and keys before;
+    - a softmax over the last axis of ``(B, heads, N, N)``, as attention is written out (timm without fused attention,
+      Transformers with ``attn_implementation="eager"``, their older releases);
     - :class:`torch.nn.MultiheadAttention` (torchvision);
     - :class:`torch.nn.TransformerEncoderLayer`.
 
-    PyTorch chooses the kernels of the last two by what surrounds them, modes and hooks included. So this mode is off
+    PyTorch chooses the kernels of the modules by what surrounds them, modes and hooks included. So this mode is off
     while they run, the layer is watched without hooks, and the weights of both are computed apart.
 
     The mode is entered for a forward pass and left after it, so that recordings may end in any order.
@@ -83,7 +87,10 @@ class SelfAttentionCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._attended(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in SOFTMAX:
+            self._normalised(result, kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None)
+        return result
 
     def pause(self) -> None:
         """Takes the mode off until :meth:`resume`."""
@@ -124,6 +131,10 @@ class SelfAttentionCapture(TorchFunctionMode):
     ) -> None:
         if query.dim() == 4 and query.shape[-2] == key.shape[-2]:
             self.receive(query, lambda: attention_weights(query, key, attn_mask, is_causal, scale))
+
+    def _normalised(self, weights: Tensor, dim: int | None) -> None:
+        if weights.dim() == 4 and dim in (-1, 3) and weights.shape[-2] == weights.shape[-1]:
+            self.receive(weights, lambda: weights.to(accumulate_dtype(weights.dtype)).mean(1))
 
     def _before_multihead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, nn.MultiheadAttention)

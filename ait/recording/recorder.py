@@ -57,7 +57,8 @@ def record(
             keeping it; ``"as_run"`` only looks on.
         attention: also keep the weights of self-attention, for :func:`ait.viz.attention_rollout`, in the order in which
             it runs: of every call of :func:`torch.nn.functional.scaled_dot_product_attention`,
-            :class:`torch.nn.MultiheadAttention` and :class:`torch.nn.TransformerEncoderLayer`.
+            :class:`torch.nn.MultiheadAttention` and :class:`torch.nn.TransformerEncoderLayer`, and of every softmax
+            over the last axis of ``(B, heads, N, N)``.
             All layers are recorded then.
         energy_steps: also follow the energy of each token over so many retrieval steps, be they more or fewer than the
             layer's own.

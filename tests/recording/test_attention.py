@@ -203,6 +203,57 @@ def test_hosts_of_three_libraries_in_one_model_are_recorded_side_by_side() -> No
     assert not torch.equal(trace[0].attention[0].weights, trace[0].attention[2].weights)
 
 
+@pytest.mark.parametrize("call", ["F", "torch", "method", "module"])
+def test_attention_that_is_written_out_is_recorded_once_and_other_softmaxes_are_not(call: str) -> None:
+    softmax = {
+        "F": lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
+        "torch": lambda x: torch.softmax(x, -1),
+        "method": lambda x: x.softmax(3),
+        "module": nn.Softmax(dim=-1),
+    }[call]
+
+    class Eager(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.heads(x)
+            x = x.softmax(-1) + (query @ value.mT).softmax(1).mean()  # neither is attention
+            y = softmax(query @ key.mT * query.shape[-1] ** -0.5) @ value
+            return x + y.transpose(1, 2).flatten(2) + torch.softmax(query, dim=-1).mean()
+
+    torch.manual_seed(1)
+    model = nn.Sequential(Eager(), workspace()).eval()
+    x = torch.randn(IMAGES, TOKENS, WIDTH)
+    with torch.no_grad():
+        expected = model(x)
+        with ait.record(model, attention=True) as trace:
+            assert torch.equal(model(x), expected)
+        (attention,) = trace[0].attention
+        assert_close(attention.weights, weights_of(model[0], x), "weights")
+
+
+def test_hosts_without_fused_attention_give_the_weights_that_they_give_with_it() -> None:
+    timm = pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    options = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=32)
+    vit = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **options))
+    block = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
+    images = torch.randn(2, 3, 32, 32)
+    for host in (vit.eval(), block.eval()):
+        ait.insert_workspace(host, layers="all", num_slots=4, slot_dim=4, num_heads=2)
+        seen = {}
+        for fused in (True, False):
+            if host is vit:
+                host.set_attn_implementation("sdpa" if fused else "eager")
+            else:
+                for each in host.blocks:
+                    each.attn.fused_attn = fused
+            with torch.no_grad(), ait.record(host, attention=True) as trace:
+                host(images)
+            assert [each.before for each in trace[0].attention] == [0, 1]
+            seen[fused] = [each.weights for each in trace[0].attention]
+        for one, other in zip(seen[True], seen[False], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_a_torchvision_host_is_rolled_out() -> None:
     torchvision = pytest.importorskip("torchvision")
     host = torchvision.models.VisionTransformer(32, 8, 2, HEADS, WIDTH, 32, num_classes=3).eval()
