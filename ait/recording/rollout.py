@@ -127,7 +127,7 @@ def _check(recorded: Pass) -> tuple[int, int]:
             NAME,
             "recorded self-attention",
             "none: record a call of the whole model with ait.record(model, attention=True). What is seen is "
-            "torch.nn.functional.scaled_dot_product_attention, the modules of torch.nn, and a softmax of (B, heads, N, N); "
+            "torch.nn.functional.scaled_dot_product_attention, modules of torch.nn, and a softmax of (B, heads, N, N); "
             "timm.layers.set_fused_attn(True) and attn_implementation='sdpa' (transformers) make models use it",
         )
     sizes = {(layer.batch, layer.tokens_per_image) for layer in recorded}
