@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.distributions import Environment
+from tests.distributions import Environment, run
 
-# Imported at the start of every process of the environment. Kernels and their clients talk over loopback.
-NO_NETWORK = """
-import socket
-
-connect = socket.socket.connect
-
-
-def connect_at_home(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-        raise OSError(f"notebooks run without a network, and this one asked for {address}")
-    return connect(self, address)
-
-
-socket.socket.connect = connect_at_home
-"""
+NO_NETWORK = Path(__file__).with_name("no_network.py")
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +19,23 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
     """Its own packages come first: ``ait`` is the wheel's, and no editable install or source tree is seen."""
     made = Environment(tmp_path_factory.mktemp("notebooks") / "environment")
     made.pip_install("--no-deps", str(wheel))
-    (made.site_packages / "no_network.py").write_text(NO_NETWORK)
+    shutil.copy(NO_NETWORK, made.site_packages)
     # A path in a .pth file is only a path: .pth files that lie there, such as those of editable installs, are not run.
+    # The line that imports is run at the start of every process of the environment.
     outer = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (made.site_packages / "outer.pth").write_text("\n".join([*sorted(outer), "import no_network"]) + "\n")
     return made
+
+
+@dataclass(frozen=True)
+class Outside:
+    """How a command is started without a network."""
+
+    command: list[str]
+    """What goes before the command: empty where the system gives no namespace, and Python's own cut has to do."""
+
+
+@pytest.fixture(scope="session")
+def outside(environment: Environment) -> Outside:
+    command = [str(environment.python), "-S", str(NO_NETWORK)]
+    return Outside(command if run([*command, "true"]).returncode == 0 else [])

@@ -65,9 +65,30 @@ def test_figures_are_drawn_in_every_theme_and_width_without_pyplot(name: str) ->
         corners[theme] = pixels(figure)[0, 0].tolist()
         assert figure.get_size_inches()[0] == (3.4 if theme == "dark" else 7.0)
     assert corners == {"light": [255] * 4, "dark": [18, 18, 18, 255], "transparent": [255, 255, 255, 0]}
-    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
     assert dict(matplotlib.rcParams) == before
     assert figures_of_pyplot() == open_before
+
+
+def size_of_png(content: bytes) -> tuple[int, int]:
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_a_notebook_shows_a_figure_with_more_pixels_than_it_takes_on_the_page() -> None:
+    figure = FIGURES["slot use"](width=5.0)
+    inches = figure.get_size_inches()
+    content, shown = figure._repr_png_()  # type: ignore[attr-defined]
+    assert size_of_png(content) == (round(192 * inches[0]), int(192 * inches[1]))
+    assert shown == {"width": round(120 * inches[0]), "height": round(120 * inches[1])}
+
+
+def test_jupyters_inline_backend_draws_a_figure_as_finely() -> None:
+    pylabtools = pytest.importorskip("IPython.core.pylabtools")
+    figure = FIGURES["slot use"](width=5.0)
+    wide, _ = size_of_png(
+        pylabtools.print_figure(figure, fmt="png", bbox_inches=None)
+    )  # what it calls, for figures of all kinds
+    assert wide == 192 * 5
 
 
 def figures_of_pyplot() -> list[int]:
