@@ -34,8 +34,8 @@ COLOURS: dict[str, tuple[str, str, str]] = {
 }
 
 
-# Pixels of an inch: of the figure, whoever draws it (Jupyter's inline backend takes a figure's own), and on a page of a
-# notebook, where 8 points are then as large as the text around; 1.6 pixels drawn for one shown are crisp on most screens.
+# Pixels of an inch: of a figure, whoever draws it (Jupyter's inline backend takes a figure's own); and on the page of a
+# notebook, where 8 points are then about as large as the text around. Screens with more pixels than that have them.
 DRAWN, SHOWN = 192, 120
 
 
