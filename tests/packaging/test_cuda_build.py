@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,15 +350,24 @@ def test_a_compile_without_a_report_fails(tmp_path: Path) -> None:
     assert compile_with_report("", tmp_path / "record.json") == 1
 
 
+def _build_info() -> dict[str, Any]:
+    from ait._build_info import BUILD_INFO
+
+    return BUILD_INFO
+
+
 @needs_cuda_build
 def test_the_build_recorded_the_resources_of_every_kernel_and_none_spills() -> None:
     records = sorted(CUDA_OBJECTS.glob("*.json"))
     assert {path.name.partition(".")[0] for path in records} == {
         path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")
     }
+    built = re.findall(r"\d+\.\d[af]?(?=[+,;]|$)", _build_info()["cuda"].partition(" for ")[2])
+    assert built
     for path in records:
         usage = json.loads(path.read_text())
-        assert usage and all(use["spill_bytes"] == 0 and 0 < use["registers"] <= 255 for use in usage.values())
+        assert {name.split()[1] for name in usage} == {f"sm_{name.replace('.', '')}" for name in built}
+        assert all(use["spill_bytes"] == 0 and 0 < use["registers"] <= 255 for use in usage.values())
 
 
 @needs_cuda_build
