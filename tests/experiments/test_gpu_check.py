@@ -29,6 +29,15 @@ def test_without_a_gpu_it_says_what_it_needs() -> None:
     assert "gpu_check: this machine lacks\n" in result.stderr and "an NVIDIA GPU and its driver" in result.stderr
 
 
+def test_kernels_are_loaded_after_they_were_built() -> None:
+    script = "import gpu_check, sys; assert 'ait' not in sys.modules"
+    folders = os.pathsep.join(map(str, (ROOT / "experiments" / "bench", ROOT)))
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": folders}
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_torch_without_cuda_and_a_missing_toolkit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
