@@ -4,7 +4,8 @@ module ``ait._C``; metadata is in pyproject.toml.
 Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
   AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
-  TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: this machine's GPUs, else a list)
+  TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: those of this machine's GPUs that
+                          nvcc knows, else a list)
   AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512,avx512_bf16,amx_bf16 (default: all that fit
                           the architecture); the last two add products of bfloat16 to avx512
   CXX, MAX_JOBS           compiler; number of parallel compile jobs
@@ -88,7 +89,9 @@ def cuda_status() -> str:
     toolkit = cuda_toolkit()
     if isinstance(toolkit, str):
         return f"not built: {toolkit}"
-    return f"built with nvcc {toolkit.version} for {', '.join(setup_cuda.architectures(toolkit.nvcc))}"
+    chosen = setup_cuda.architectures(toolkit.nvcc)
+    remark = f"; {chosen.remark}" if chosen.remark else ""
+    return f"built with nvcc {toolkit.version} for {', '.join(chosen.names)}{remark}"
 
 
 def write_build_info(package_dir: Path) -> None:
@@ -221,7 +224,10 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
     path = build_dir / "build.ninja"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-    print(f"ait: building against torch {torch.__version__} for {', '.join(capabilities)}; CUDA {cuda_status()}")
+    refused = () if isinstance(toolkit, str) else toolkit.refused
+    passed_over = f" (passed over: {'; '.join(refused)})" if refused else ""
+    built = f"{', '.join(capabilities)}; CUDA {cuda_status()}{passed_over}"
+    print(f"ait: building against torch {torch.__version__} for {built}")
     return {**libraries, KERNEL_LIBRARY: kernel_library, MODULE: module}
 
 
@@ -230,7 +236,7 @@ def add_cuda_library(ninja: NinjaFile, toolkit: setup_cuda.Toolkit, build_dir: P
     import torch
 
     csrc, torch_dir = ROOT / "csrc", Path(torch.__file__).parent
-    chosen = setup_cuda.architectures(toolkit.nvcc)
+    chosen = setup_cuda.architectures(toolkit.nvcc).names
     includes = [f"-isystem={path}" for path in (torch_dir / "include", *toolkit.include_dirs)]
     names = ", ".join(name.replace("+PTX", " or newer") for name in chosen)
     flags = [f"-I{csrc}", *STABLE_ABI, *includes, *setup_cuda.architecture_flags(chosen)]

@@ -115,21 +115,20 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const std::optional<Tensor>& grad_lse_in, const Tensor& query_in, const Tensor& tokens_in,
     const Tensor& indices_in, const Tensor& pooled_in, const Tensor& gates_in) {
   check_inputs(query_in, tokens_in, indices_in);
-  const Launcher launch(tokens_in);
+  const int64_t rows = indices_in.size(0), entries = indices_in.size(1), width = tokens_in.size(1);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
+  const Tensor pooled = checked("pooled", pooled_in, query_in, {rows, width}, dtype);
+  const Tensor gates = checked("gates", gates_in, query_in, {rows, entries}, dtype);
+  const auto grad_pooled = checked("grad_pooled", grad_pooled_in, query_in, {rows, width}, dtype);
+  const auto grad_gates = checked("grad_gates", grad_gates_in, query_in, {rows, entries}, dtype);
+  const auto grad_lse = checked("grad_lse", grad_lse_in, query_in, {rows}, dtype);
+  const Launcher launch(tokens_in);
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
   AttendPlan plan = plan_of(launch, tokens, indices);
-  const bool dense = grad_pooled_in.has_value() && grad_pooled_in->defined() &&
-                     takes_dense_path(launch, plan, tokens);
+  const bool dense = grad_pooled.has_value() && takes_dense_path(launch, plan, tokens);
   if (dense) plan = whole_rows(plan);
-  const int64_t rows = plan.num_rows, entries = plan.num_entries, width = plan.width;
-  const Tensor pooled = checked("pooled", pooled_in, query, {rows, width}, dtype);
-  const Tensor gates = checked("gates", gates_in, query, {rows, entries}, dtype);
-  const auto grad_pooled = checked("grad_pooled", grad_pooled_in, query, {rows, width}, dtype);
-  const auto grad_gates = checked("grad_gates", grad_gates_in, query, {rows, entries}, dtype);
-  const auto grad_lse = checked("grad_lse", grad_lse_in, query, {rows}, dtype);
   Tensor grad_query = new_empty(query, {rows, width});
   Tensor grad_tokens = new_empty(tokens, {plan.num_tokens, width});
   Tensor offsets = new_empty(query, {rows});

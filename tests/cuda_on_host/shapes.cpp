@@ -63,6 +63,8 @@ void check_messages() {
   EXPECT(is_built_for(usual, 8, 0) && is_built_for(usual, 8, 9) && is_built_for(usual, 9, 0));
   EXPECT(is_built_for(usual, 12, 1) && is_built_for(usual, 13, 0));
   EXPECT(!is_built_for(usual, 7, 5) && !is_built_for(usual, 11, 0));
+  EXPECT(is_built_for("8.0, 9.0a", 9, 0) && !is_built_for("8.0, 9.0a", 9, 1));
+  EXPECT(is_built_for("10.0f", 10, 3) && !is_built_for("9.0a or newer", 10, 0));
   EXPECT(!is_built_for("9.0", 10, 0) && !is_built_for("8.6", 8, 0) && !is_built_for("", 9, 0));
   EXPECT(
       unsupported_device(usual, 1, 7, 5) ==
