@@ -15,17 +15,6 @@ using torch::stable::new_empty;
 
 constexpr const char* kName = "bottleneck_attend";
 
-void check_inputs(const Tensor& query, const Tensor& tokens, const Tensor& indices) {
-  check_dense(kName, "query", query);
-  check_dense(kName, "tokens", tokens, &query);
-  check_dense(kName, "indices", indices, &query);
-  check_shape(kName, "query", query, {-1, -1});
-  check_shape(kName, "tokens", tokens, {-1, query.size(1)});
-  check_shape(kName, "indices", indices, {query.size(0), -1});
-  check_dtype(kName, "indices", indices, ScalarType::Long);
-  check_token_dtypes(kName, "query", query, "tokens", tokens);
-}
-
 AttendPlan plan_of(const Launcher& launch, const Tensor& tokens, const Tensor& indices) {
   return plan_attend(indices.size(0), indices.size(1), tokens.size(0), tokens.size(1),
                      tokens.scalar_type() == ScalarType::Double ? 8 : 4, launch.limits());
@@ -41,7 +30,7 @@ bool takes_dense_path(const Launcher& launch, const AttendPlan& plan, const Tens
 std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
                                                      const Tensor& tokens_in,
                                                      const Tensor& indices_in) {
-  check_inputs(query_in, tokens_in, indices_in);
+  check_attention(check_dense, kName, query_in, tokens_in, indices_in);
   const Launcher launch(tokens_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
@@ -89,22 +78,6 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   return {pooled, gates, lse};
 }
 
-Tensor checked(const char* argument, const Tensor& tensor, const Tensor& beside,
-               std::initializer_list<int64_t> shape, ScalarType dtype) {
-  check_dense(kName, argument, tensor, &beside);
-  check_shape(kName, argument, tensor, shape);
-  check_dtype(kName, argument, tensor, dtype);
-  return as_contiguous(tensor);
-}
-
-// An absent gradient stands for zero.
-std::optional<Tensor> checked(const char* argument, const std::optional<Tensor>& gradient,
-                              const Tensor& beside, std::initializer_list<int64_t> shape,
-                              ScalarType dtype) {
-  if (!gradient.has_value() || !gradient->defined()) return std::nullopt;
-  return checked(argument, *gradient, beside, shape, dtype);
-}
-
 template <typename T>
 Array<const T> input_or_none(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? input<T>(*tensor) : Array<const T>(no_array<const T>());
@@ -114,22 +87,20 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const std::optional<Tensor>& grad_pooled_in, const std::optional<Tensor>& grad_gates_in,
     const std::optional<Tensor>& grad_lse_in, const Tensor& query_in, const Tensor& tokens_in,
     const Tensor& indices_in, const Tensor& pooled_in, const Tensor& gates_in) {
-  check_inputs(query_in, tokens_in, indices_in);
+  check_attention(check_dense, kName, query_in, tokens_in, indices_in);
   const Launcher launch(tokens_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
+  const AttendResults results =
+      check_attend_results(check_dense, kName, query, tokens, indices,
+                           {pooled_in, gates_in, grad_pooled_in, grad_gates_in, grad_lse_in});
   AttendPlan plan = plan_of(launch, tokens, indices);
-  const bool dense = grad_pooled_in.has_value() && grad_pooled_in->defined() &&
-                     takes_dense_path(launch, plan, tokens);
+  const bool dense = results.grad_pooled.has_value() && takes_dense_path(launch, plan, tokens);
   if (dense) plan = whole_rows(plan);
   const int64_t rows = plan.num_rows, entries = plan.num_entries, width = plan.width;
-  const Tensor pooled = checked("pooled", pooled_in, query, {rows, width}, dtype);
-  const Tensor gates = checked("gates", gates_in, query, {rows, entries}, dtype);
-  const auto grad_pooled = checked("grad_pooled", grad_pooled_in, query, {rows, width}, dtype);
-  const auto grad_gates = checked("grad_gates", grad_gates_in, query, {rows, entries}, dtype);
-  const auto grad_lse = checked("grad_lse", grad_lse_in, query, {rows}, dtype);
+  const auto& [pooled, gates, grad_pooled, grad_gates, grad_lse] = results;
   Tensor grad_query = new_empty(query, {rows, width});
   Tensor grad_tokens = new_empty(tokens, {plan.num_tokens, width});
   Tensor offsets = new_empty(query, {rows});

@@ -11,8 +11,8 @@
 namespace ait::cuda {
 
 inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
-                        const Tensor* = nullptr) {
-  check_dense_cpu(name, argument, tensor);
+                        const Tensor* beside = nullptr) {
+  check_dense_cpu(name, argument, tensor, beside);
 }
 
 template <typename T>
