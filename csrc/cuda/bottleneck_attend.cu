@@ -7,6 +7,7 @@
 
 #include "bottleneck_attend_backward_kernel.h"
 #include "bottleneck_attend_dense.h"
+#include "bottleneck_attend_slab_kernel.h"
 
 namespace ait::cuda {
 namespace {
@@ -108,6 +109,14 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   Tensor grad_logits = new_empty(query, {rows, entries});
   const bool one_part = plan.parts == 1;
   Tensor part_query = new_empty(query, {one_part ? 0 : rows, plan.parts, width});
+  const bool slabs = !dense && plan.slab_columns > 0 &&
+                     launch.slabs(prefers_slabs(plan, dtype == ScalarType::Double ? 8 : 4));
+  const int64_t sorted = slabs ? rows * entries : 0, sorted_tokens = slabs ? plan.num_tokens : 0;
+  Tensor begins = new_empty(query, {sorted_tokens}, ScalarType::Long);
+  Tensor ends = new_empty(query, {sorted_tokens}, ScalarType::Long);
+  Tensor entry_rows = new_empty(query, {sorted}, ScalarType::Int);
+  Tensor entry_gates = new_empty(query, {sorted});
+  Tensor entry_grads = new_empty(query, {sorted});
   const int64_t listed_rows = plan.rows_in_shared ? 0 : plan.token_blocks * rows;
   Tensor masks = new_empty(query, {listed_rows}, ScalarType::Int);
   Tensor starts = new_empty(query, {listed_rows}, ScalarType::Long);
@@ -141,7 +150,12 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
         grad_query_array,
         output<S>(grad_tokens),
         output<unsigned>(masks),
-        output<int64_t>(starts)};
+        output<int64_t>(starts),
+        output<int64_t>(begins),
+        output<int64_t>(ends),
+        output<int>(entry_rows),
+        output<C>(entry_gates),
+        output<C>(entry_grads)};
     launch(&attend_offsets<S>, rows, kWarpSize, 0, args);
     const AttendDense<S> path(launch, plan, tokens, args.indices);
     if (dense) {
@@ -154,7 +168,14 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     if (dense) {
       path.token_gradients(args.gates, args.grad_logits, query, *grad_pooled, args.grad_tokens);
     }
-    launch(&attend_backward_tokens<S>, plan.token_blocks, kAttendThreads, plan.shared_bytes, args);
+    if (slabs) {
+      launch(&attend_backward_sort<S>, plan.token_blocks, kAttendThreads, plan.listing_bytes, args);
+      launch(&attend_backward_slabs<S>, plan.slabs * plan.slab_ranges, kAttendSlabThreads,
+             plan.slab_bytes, args);
+    } else {
+      launch(&attend_backward_tokens<S>, plan.token_blocks, kAttendThreads, plan.shared_bytes,
+             args);
+    }
   });
   return {contiguous_as(grad_query, query_in.scalar_type()), grad_tokens};
 }

@@ -54,6 +54,11 @@ class Launcher {
     const int asked = cuda_on_host::settings().dense;
     return asked < 0 ? by_cost : asked == 1;
   }
+  // Wherever they fit, unless a path was asked for; without running, as the cost model says.
+  bool slabs(bool by_cost) const {
+    const cuda_on_host::Settings& settings = cuda_on_host::settings();
+    return settings.dry ? by_cost : settings.dense < 0;
+  }
   int64_t chunk_bytes(int64_t usual) const {
     return cuda_on_host::settings().dense == 1 ? 1 : usual;
   }
