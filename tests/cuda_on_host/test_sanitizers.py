@@ -38,14 +38,15 @@ def backward(*outputs):
     torch.autograd.backward(outputs, gradients_like(outputs))
 
 def run_attend(dtype):
-    # Rows, entries, tokens, width; path: by slabs, gathered or dense; bytes of shared memory.
+    # Rows, entries, tokens, width; path: by slabs, gathered or dense (not for float16); bytes of shared memory.
     for (rows, entries, tokens, width), path, shared_bytes in (
         ((130, 40, 50, 20), -1, 232448),
         ((2, 80, 150, 19), 0, 232448),
-        ((3, 70, 90, 140), 0, 800),
+        ((90, 33, 40, 140), 0, 1000),
         ((3, 40, 70, 12), 1, 232448),
     ):
-        ctypes.CDLL(LIBRARY).cuda_on_host_configure(1, shared_bytes, 3, 0, path if dtype != torch.float16 else min(path, 0))
+        path = min(path, 0) if dtype == torch.float16 else path
+        ctypes.CDLL(LIBRARY).cuda_on_host_configure(1, shared_bytes, 3, 0, path)
         lists = random_lists(rows, entries, tokens)
         backward(*ait.ops.bottleneck_attend(randn(rows, width, dtype=dtype), randn(tokens, width, dtype=dtype), lists))
 
@@ -56,8 +57,9 @@ def run_select(dtype):
         ait.ops.bottleneck_select(randn(1, 1, 2, dtype=torch.float32), randn(17000, 2, dtype=dtype), 40)
 
 def run_hopfield(dtype):
+    little = 74_000 if dtype == torch.float64 else 37_000
     for (tokens, patterns, width), steps, tol, shared_bytes in (
-        ((40, 33, 64), 1, 0.0, 232448), ((33, 5, 30), 3, 1e-3, 232448), ((35, 6, 12), 67, 0.0, 60_000)
+        ((40, 33, 64), 1, 0.0, 232448), ((33, 5, 30), 3, 1e-3, 232448), ((35, 6, 12), 67, 0.0, little)
     ):
         ctypes.CDLL(LIBRARY).cuda_on_host_configure(1, shared_bytes, 2, 0, 0)
         state, patterns = randn(tokens, width, dtype=dtype), randn(patterns, width, dtype=dtype)
@@ -90,25 +92,11 @@ def test_no_kernel_leaves_its_own_arrays_or_relies_on_undefined_behaviour() -> N
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
 
 
-# What is broken: file, what it says, what it should better not say.
-SLIPS = {
-    "bottleneck_attend": (
-        "bottleneck_attend_kernel.h",
-        "for (int i = 0; i < kEntries; ++i) {\n    const C total",
-        "for (int i = 0; i <= kEntries; ++i) {\n    const C total",
-    ),
-    "bottleneck_select": (
-        "bottleneck_select_kernel.h",
-        "while (larger + counts[j] < need)",
-        "while (larger + counts[j] < need + 100000)",
-    ),
-}
-
-
-@pytest.mark.parametrize("operator", SLIPS)
-def test_a_local_array_off_by_one_is_found(operator: str, tmp_path: Path) -> None:
-    library = build_broken(tmp_path, operator, *SLIPS[operator], sanitizers=SANITIZERS)
-    result = run_sanitized(library, EVERY_KERNEL, operator)
+def test_a_local_array_off_by_one_is_found(tmp_path: Path) -> None:
+    right = "for (int i = 0; i < kEntries; ++i) {\n    const C total"
+    slip = "bottleneck_attend_kernel.h", right, right.replace("i < kEntries", "i <= kEntries")
+    library = build_broken(tmp_path, "bottleneck_attend", *slip, sanitizers=SANITIZERS)
+    result = run_sanitized(library, EVERY_KERNEL, "bottleneck_attend")
     assert result.returncode != 0
     assert re.search(r"runtime error: index \d+ out of bounds|AddressSanitizer: stack-buffer", result.stderr)
 
