@@ -87,7 +87,9 @@ def cuda_status() -> str:
     toolkit = cuda_toolkit()
     if isinstance(toolkit, str):
         return f"not built: {toolkit}"
-    return f"built with nvcc {toolkit.version} for {', '.join(setup_cuda.architectures(toolkit.nvcc))}"
+    chosen = setup_cuda.architectures(toolkit.nvcc)
+    remark = f"; {chosen.remark}" if chosen.remark else ""
+    return f"built with nvcc {toolkit.version} for {', '.join(chosen.names)}{remark}"
 
 
 def write_build_info(package_dir: Path) -> None:
@@ -220,7 +222,10 @@ def write_ninja_file(build_dir: Path) -> dict[str, Path]:
     path = build_dir / "build.ninja"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-    print(f"ait: building against torch {torch.__version__} for {', '.join(capabilities)}; CUDA {cuda_status()}")
+    refused = () if isinstance(toolkit, str) else toolkit.refused
+    passed_over = f" (passed over: {'; '.join(refused)})" if refused else ""
+    built = f"{', '.join(capabilities)}; CUDA {cuda_status()}{passed_over}"
+    print(f"ait: building against torch {torch.__version__} for {built}")
     return {**libraries, KERNEL_LIBRARY: kernel_library, MODULE: module}
 
 
@@ -229,7 +234,7 @@ def add_cuda_library(ninja: NinjaFile, toolkit: setup_cuda.Toolkit, build_dir: P
     import torch
 
     csrc, torch_dir = ROOT / "csrc", Path(torch.__file__).parent
-    chosen = setup_cuda.architectures(toolkit.nvcc)
+    chosen = setup_cuda.architectures(toolkit.nvcc).names
     includes = [f"-isystem={path}" for path in (torch_dir / "include", *toolkit.include_dirs)]
     names = ", ".join(name.replace("+PTX", " or newer") for name in chosen)
     flags = [f"-I{csrc}", *STABLE_ABI, *includes, *setup_cuda.architecture_flags(chosen)]

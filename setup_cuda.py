@@ -12,7 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
@@ -26,6 +27,15 @@ class Toolkit:
     include_dirs: tuple[Path, ...]
     runtime: Path  # libcudart.so, under whichever name it has
     version: str  # "13.0"
+    refused: tuple[str, ...] = ()  # places that were tried before, and why they were not taken
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """Compute capabilities to compile for, such as ``("8.0", "9.0+PTX")``."""
+
+    names: tuple[str, ...]
+    remark: str = ""  # which of this machine's GPUs they leave out, and why
 
 
 def asks_for_cuda() -> bool | None:
@@ -37,47 +47,71 @@ def asks_for_cuda() -> bool | None:
 
 
 def find_toolkit() -> Toolkit | str:
-    """The toolkit, or why there is none."""
+    """The first toolkit that fits torch, or why there is none."""
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
-    roots = _candidate_roots(torch.version.cuda)
-    nvccs = [root / "bin" / "nvcc" for root in roots if (root / "bin" / "nvcc").exists()]
+    wheels = _wheel_roots(torch.version.cuda)
+    roots = [*_candidate_roots(torch.version.cuda), *wheels]
+    compilers = [root / "bin" / "nvcc" for root in roots if (root / "bin" / "nvcc").exists()]
     on_path = shutil.which("nvcc")
     if on_path is not None:
-        nvccs.append(Path(on_path))
-    if not nvccs:
+        compilers.append(Path(on_path))
+    if not compilers:
         return "no CUDA toolkit found: no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"
+    refused: list[str] = []
+    for root in roots:
+        found = _toolkit_in(root, compilers, wheels)
+        if isinstance(found, Toolkit):
+            return replace(found, refused=tuple(refused))
+        refused.append(f"{root} ({found})")
+    return f"no CUDA toolkit found for torch {torch.__version__}: {'; '.join(refused) or 'no folder to look in'}"
+
+
+def _toolkit_in(root: Path, compilers: list[Path], wheels: list[Path]) -> Toolkit | str:
+    """The toolkit in a folder, or what is wrong with it."""
+    import torch
+
     # A root is believed only if it holds what a toolkit holds: an nvcc on the PATH may be a wrapper from elsewhere.
-    complete = [root for root in roots if (root / "include" / "cuda_runtime.h").exists() and _runtime_library(root)]
-    if not complete:
-        return f"no CUDA toolkit found: none of {', '.join(map(str, roots))} has cuda_runtime.h and libcudart"
-    root = complete[0]
-    nvcc = root / "bin" / "nvcc" if (root / "bin" / "nvcc").exists() else nvccs[0]
-    version = _nvcc_version(nvcc)
-    if version is None:
-        return f"{nvcc} --version says no version"
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc {version} in {nvcc.parent}, but torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if not (root / "include" / "cuda_runtime.h").exists():
+        return "no include/cuda_runtime.h"
     runtime = _runtime_library(root)
-    assert runtime is not None
-    # Headers of the wheels that torch came with stand in for what a small toolkit leaves out.
-    includes = [root / "include", *(r / "include" for r in complete[1:])]
-    return Toolkit(nvcc, tuple(dict.fromkeys(includes)), runtime, version)
+    if runtime is None:
+        return "no libcudart"
+    own = root / "bin" / "nvcc"
+    wrong = []
+    # The wheels that torch came with need not hold a compiler: that of another root serves them.
+    for nvcc in [own] if own.exists() else dict.fromkeys(compilers):
+        version = _nvcc_version(nvcc)
+        if version is None:
+            wrong.append(f"{nvcc} --version says no version")
+        elif version.split(".")[0] != str(torch.version.cuda).split(".")[0]:
+            wrong.append(f"nvcc {version} in {nvcc.parent}, but torch is built for CUDA {torch.version.cuda}")
+        else:
+            # Headers of those wheels stand in for what a small toolkit leaves out.
+            includes = [folder / "include" for folder in (root, *wheels) if (folder / "include").is_dir()]
+            return Toolkit(nvcc, tuple(dict.fromkeys(includes)), runtime, version)
+    return ", ".join(wrong)
 
 
 def _candidate_roots(torch_cuda: str) -> list[Path]:
+    """Where toolkits are installed."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
     if on_path is not None:
         roots.append(Path(on_path).resolve().parent.parent)
     roots += [Path("/usr/local/cuda"), Path(f"/usr/local/cuda-{torch_cuda}")]
+    return [root for root in dict.fromkeys(roots) if root.is_dir()]
+
+
+def _wheel_roots(torch_cuda: str) -> list[Path]:
+    """The folders of the wheels that torch came with."""
     import torch
 
     wheels = Path(torch.__file__).resolve().parent.parent / "nvidia"
-    roots += [wheels / f"cu{torch_cuda.split('.')[0]}", wheels / "cuda_runtime"]
-    return [root for root in dict.fromkeys(roots) if root.is_dir()]
+    roots = [wheels / f"cu{torch_cuda.split('.')[0]}", wheels / "cuda_runtime"]
+    return [root for root in roots if root.is_dir()]
 
 
 def _runtime_library(root: Path) -> Path | None:
@@ -86,25 +120,44 @@ def _runtime_library(root: Path) -> Path | None:
 
 
 def _nvcc_version(nvcc: Path) -> str | None:
-    result = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+    try:
+        result = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+    except OSError:  # not executable, or for another machine
+        return None
     match = re.search(r"release (\d+\.\d+)", result.stdout)
     return match.group(1) if match else None
 
 
-def architectures(nvcc: Path | None = None) -> list[str]:
-    """Compute capabilities to compile for, such as ``["8.0", "9.0+PTX"]``.
+def architectures(nvcc: Path | None = None) -> Architectures:
+    """What to compile for.
 
-    Those in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any a default list,
-    of which an older ``nvcc`` compiles what it knows.
+    The capabilities in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any that
+    ``nvcc`` compiles for a default list, of which an older ``nvcc`` compiles what it knows.
     """
+    known = [] if nvcc is None else _listed_capabilities(nvcc)
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not asked:
-        import torch
+    if asked:
+        return Architectures(tuple(_asked_architectures(asked, known)))
+    import torch
 
-        if not torch.cuda.is_available():
-            return _known_architectures(DEFAULT_ARCHITECTURES.split(";"), nvcc)
-        seen = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-        return [f"{major}.{minor}" for major, minor in seen]
+    seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not torch.cuda.is_available() or not seen:
+        return Architectures(_default_architectures(known))
+    chosen, too_old = [], []
+    for capability in sorted(seen):
+        older = [other for other in known if other < capability]
+        if not known or capability in known:
+            chosen.append(_name(capability))
+        elif older:  # a GPU that this nvcc does not know yet: its driver compiles the PTX of the newest that it does
+            chosen.append(f"{_name(max(older))}+PTX")
+        else:
+            too_old.append(_name(capability))
+    remark = f"none for this machine's GPUs of capability {', '.join(too_old)}, too old for this nvcc"
+    names = tuple(name for name in dict.fromkeys(chosen) if f"{name}+PTX" not in chosen)
+    return Architectures(names or _default_architectures(known), remark if too_old else "")
+
+
+def _asked_architectures(asked: str, known: list[tuple[int, int]]) -> list[str]:
     chosen = [name for name in re.split(r"[;,\s]+", asked) if name]
     wrong = [name for name in chosen if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)]
     if wrong or not chosen:
@@ -112,20 +165,35 @@ def architectures(nvcc: Path | None = None) -> list[str]:
             f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as 8.0;9.0+PTX, got {asked!r} "
             "(ait's CUDA kernels; AIT_CUDA=0 leaves them out)"
         )
+    names = {_name(capability) for capability in known}
+    unknown = [name for name in chosen if known and re.sub(r"[af]?(\+PTX)?$", "", name) not in names]
+    if unknown:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: expected what nvcc compiles for ({', '.join(map(_name, known))}), "
+            f"got {', '.join(unknown)} (ait's CUDA kernels; AIT_CUDA=0 leaves them out)"
+        )
     return chosen
 
 
-def _known_architectures(names: list[str], nvcc: Path | None) -> list[str]:
-    """Those of ``names`` that ``nvcc`` lists, PTX of the newest; all of them where it lists none."""
-    if nvcc is None:
-        return names
-    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    bare = [name.removesuffix("+PTX") for name in names]
-    known = [name for name in bare if f"compute_{name.replace('.', '')}" in listed]
-    return [*known[:-1], f"{known[-1]}+PTX"] if known else names
+def _listed_capabilities(nvcc: Path) -> list[tuple[int, int]]:
+    """What ``nvcc`` says that it compiles for; nothing where it does not say."""
+    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return sorted((int(major), int(minor)) for major, minor in re.findall(r"compute_(\d+)(\d)\b", listed))
 
 
-def architecture_flags(chosen: list[str]) -> list[str]:
+def _name(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _default_architectures(known: list[tuple[int, int]]) -> tuple[str, ...]:
+    """Those of the default list that ``nvcc`` knows, PTX of the newest; all of them where it lists none."""
+    names = DEFAULT_ARCHITECTURES.split(";")
+    compiled = [name.removesuffix("+PTX") for name in names]
+    compiled = [name for name in compiled if name in map(_name, known)]
+    return (*compiled[:-1], f"{compiled[-1]}+PTX") if compiled else tuple(names)
+
+
+def architecture_flags(chosen: Iterable[str]) -> list[str]:
     """nvcc's ``-gencode`` for each architecture, and for the PTX of those that ask for it."""
     flags = []
     for name in chosen:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ait._version import __version__
+from ait.ops._first_use import VERDICTS
 from ait.ops._library import SCHEMAS, is_pure_python, why_no_cuda_kernels
 
 PURE_PYTHON_REASON = "no: AIT_PURE_PYTHON=1 asked for the reference operators"
@@ -32,7 +33,9 @@ def _kernels(name: str) -> str:
     ]
     if not implemented:
         return "reference"
-    return f"C++ on {' and '.join(implemented)}, reference elsewhere"
+    runs = f"C++ on {' and '.join(implemented)}, reference elsewhere"
+    wrong_on = [str(device) for device, wrong in VERDICTS.items() if name.removesuffix("_backward") in wrong]
+    return runs + (f" and on {', '.join(wrong_on)}, where the kernel was found to be wrong" if wrong_on else "")
 
 
 def config() -> dict[str, Any]:

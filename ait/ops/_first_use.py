@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ait.ops import reference
-from ait.ops._library import LIBRARY, is_pure_python, why_no_cuda_kernels
+from ait.ops._library import LIBRARY, SCHEMAS, device_of, is_pure_python, why_no_cuda_kernels
 
 DEVICE_TYPE = "cuda"  # whose kernels are compared
 # What a wrong kernel exceeds and rounding does not: sums of some dozen terms, in float32; then the rounding of a
 # result to its own dtype, at most one unit in its last place.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# What was found, device by device: the operators whose kernels are wrong there. It lasts as long as the process, as
+# what it entails in the dispatcher does.
+VERDICTS: dict[torch.device, list[str]] = {}
 
 
 def check_first_use(tensor: Tensor) -> None:
     """Compares the CUDA kernels with the reference when a device is used first.
 
-    An operator that disagrees is reported, and the reference runs in its place from then on. Where the first use is
-    a trace (``torch.compile``), the comparison is made while tracing. Nothing happens for tensors elsewhere, for fake
-    tensors, and during the capture of a CUDA graph, which says so.
+    An operator that disagrees is reported, and the reference runs in its place on that device from then on. Where the
+    first use is a trace (``torch.compile``), the comparison is made while tracing. Nothing happens for tensors
+    elsewhere, for fake tensors, and during the capture of a CUDA graph, which says so.
 
     Raises:
         RuntimeError: a kernel disagrees and ``AIT_REQUIRE_KERNELS=1``.
@@ -42,33 +46,44 @@ def check_first_use(tensor: Tensor) -> None:
 @torch.compiler.assume_constant_result
 def _check_while_tracing(index: int | None) -> bool:
     """The same for the device of a traced tensor; the call leaves nothing in the graph."""
-    with _disable_current_modes():
-        _check(torch.device(DEVICE_TYPE, *([] if index is None else [index])))
+    _check(torch.device(DEVICE_TYPE, *([] if index is None else [index])))
     return True
 
 
 def _check(device: torch.device) -> None:
-    if why_no_cuda_kernels() is not None or not torch.cuda.is_available():
+    if device in VERDICTS or not _has_kernels():
         return
+    if _is_capturing(device):
+        _say_that_capture_skips_the_check(device)
+        return
+    # No mode of a caller's, which may trace or count, sees the comparison.
+    with _disable_current_modes():
+        VERDICTS[device] = replace_wrong_kernels(device, "CUDA")
+
+
+def _has_kernels() -> bool:
+    return why_no_cuda_kernels() is None and torch.cuda.is_available()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on a stream of ``device``, or on one of the current device.
+
+    The capture of one device's work forbids others, too, to allocate.
+    """
     if torch.cuda.is_current_stream_capturing():
-        _say_that_capture_skips_the_check()
-        return
-    _check_device(device)
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
-def _say_that_capture_skips_the_check() -> None:
+def _say_that_capture_skips_the_check(device: torch.device) -> None:
     warnings.warn(
-        "ait: the comparison of its CUDA kernels with the reference was skipped, since a CUDA graph is being captured; "
-        "one call before the capture makes it",
+        f"ait: the comparison of its CUDA kernels with the reference on {device} was skipped, since a CUDA graph is "
+        "being captured; one call before the capture makes it",
         RuntimeWarning,
         stacklevel=5,
     )
-
-
-@functools.cache
-def _check_device(device: torch.device) -> None:
-    replace_wrong_kernels(device, "CUDA")
 
 
 def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
@@ -79,16 +94,27 @@ def replace_wrong_kernels(device: torch.device, dispatch_key: str) -> list[str]:
     if wrong:
         message = (
             f"ait: on {device} the kernels of {', '.join(wrong)} disagree with the reference operators, which run "
-            "instead; please report it with the output of ait.show_config()"
+            "there instead; please report it with the output of ait.show_config()"
         )
         if os.environ.get("AIT_REQUIRE_KERNELS") == "1":
             raise RuntimeError(message + "; AIT_REQUIRE_KERNELS=1 makes this an error")
-        warnings.warn(message, RuntimeWarning, stacklevel=6)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
     for name in wrong:
         for operator in (name, f"{name}_backward"):
-            if hasattr(reference, operator):
-                LIBRARY.impl(operator, getattr(reference, operator), dispatch_key, allow_override=True)
+            if operator in SCHEMAS:
+                _replace_on(device, operator, dispatch_key)
     return wrong
+
+
+def _replace_on(device: torch.device, operator: str, dispatch_key: str) -> None:
+    """Runs the reference for calls on ``device``; other devices keep what they have, be it a kernel or this."""
+    kernel = torch.library.get_kernel(f"ait::{operator}", dispatch_key)
+    run_reference = getattr(reference, operator)
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        return run_reference(*args) if device_of(args) == device else kernel.call_boxed(keyset, *args)
+
+    LIBRARY.impl(operator, run, dispatch_key, with_keyset=True, allow_override=True)
 
 
 def _close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, exact: bool = False) -> bool:

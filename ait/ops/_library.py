@@ -115,8 +115,9 @@ def _announce_reference(device_type: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
-    return next(arg for arg in args if isinstance(arg, torch.Tensor))
+def device_of(args: tuple[Any, ...]) -> torch.device:
+    """The device of a call: that of its first tensor."""
+    return next(arg for arg in args if isinstance(arg, torch.Tensor)).device
 
 
 def register_reference(name: str, reference: Callable[..., Any]) -> None:
@@ -124,7 +125,7 @@ def register_reference(name: str, reference: Callable[..., Any]) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not is_pure_python():
-            _announce_reference(_first_tensor(args).device.type)
+            _announce_reference(device_of(args).type)
         return reference(*args, **kwargs)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

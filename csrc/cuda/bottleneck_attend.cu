@@ -89,14 +89,14 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const std::optional<Tensor>& grad_lse_in, const Tensor& query_in, const Tensor& tokens_in,
     const Tensor& indices_in, const Tensor& pooled_in, const Tensor& gates_in) {
   check_attention(check_dense, kName, query_in, tokens_in, indices_in);
+  const AttendResults results =
+      check_attend_results(check_dense, kName, query_in, tokens_in, indices_in,
+                           {pooled_in, gates_in, grad_pooled_in, grad_gates_in, grad_lse_in});
   const Launcher launch(tokens_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
-  const AttendResults results =
-      check_attend_results(check_dense, kName, query, tokens, indices,
-                           {pooled_in, gates_in, grad_pooled_in, grad_gates_in, grad_lse_in});
   AttendPlan plan = plan_of(launch, tokens, indices);
   const bool dense = results.grad_pooled.has_value() && takes_dense_path(launch, plan, tokens);
   if (dense) plan = whole_rows(plan);

@@ -19,7 +19,8 @@ inline std::string wrong_device(const std::string& name, const std::string& argu
 }
 
 // Whether kernels for `architectures`, such as "8.0, 9.0, 12.0 or newer", run on a device of this
-// capability: those of the same major version that are no newer, and whatever is "or newer".
+// capability: those of the same major version that are no newer, and whatever is "or newer". What
+// is for one architecture alone has an "a" behind its number.
 inline bool is_built_for(const std::string& architectures, int major, int minor) {
   for (size_t begin = 0; begin < architectures.size();) {
     size_t end = architectures.find(", ", begin);
@@ -29,8 +30,9 @@ inline bool is_built_for(const std::string& architectures, int major, int minor)
     const int own_major = std::atoi(name.c_str());
     const int own_minor = point == std::string::npos ? 0 : std::atoi(name.c_str() + point + 1);
     const bool forward = name.find("or newer") != std::string::npos;
-    if (own_major == major && own_minor <= minor) return true;
-    if (forward && own_major < major) return true;
+    const bool alone = name.find('a') != std::string::npos;
+    if (own_major == major && (alone ? own_minor == minor : own_minor <= minor)) return true;
+    if (forward && !alone && own_major < major) return true;
     begin = end + 2;
   }
   return false;

@@ -6,6 +6,9 @@ It needs an NVIDIA GPU with its driver, a torch built for CUDA, and a CUDA toolk
 brings compute-sanitizer). The report (JSON) holds versions, the outcome of the tests and of compute-sanitizer, and
 medians of the times of the operators at the default shape, with ratios to plain PyTorch, torch.compile and the
 published loop, the fraction of the floor that was reached, and the design's targets.
+
+Exit status: 0 where all that was asked for ran and passed, 1 where something failed or the machine lacks what it
+needs, 2 where all that ran passed, but something could not be run ("incomplete"; the report says what).
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 from gpu_workloads import Workload, measured_rates, milliseconds, peak_bytes, workloads  # noqa: E402
 from timing import Spread  # noqa: E402
 
-from setup_cuda import find_toolkit  # noqa: E402
+import ait  # noqa: E402
+from setup_cuda import Toolkit, find_toolkit  # noqa: E402
 from tests.cuda_on_host.selections import LEFT_OUT, SELECTIONS, STOPS_THE_DEVICE  # noqa: E402
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -48,7 +52,7 @@ class Config:
     tests: bool = True
     """Run tests/gpu, and the operators' own tests on the device."""
     sanitizer: bool = True
-    """Run a few of them under compute-sanitizer, where it is installed."""
+    """Run a few of them under compute-sanitizer; where it is not installed, the check is incomplete."""
     rounds: int = 20
     """Rounds of each comparison; 0 measures nothing."""
     bandwidth: float | None = None
@@ -99,6 +103,36 @@ def missing_requirements(config: Config) -> list[str]:
         if isinstance(toolkit, str):
             missing.append(f"a CUDA toolkit of torch's major version ({toolkit})")
     return missing
+
+
+def find_sanitizer(toolkit: Toolkit | str) -> str | None:
+    """compute-sanitizer, on the PATH or beside the toolkit's compiler."""
+    beside = None if isinstance(toolkit, str) else shutil.which("compute-sanitizer", path=str(toolkit.nvcc.parent))
+    return shutil.which("compute-sanitizer") or beside
+
+
+class Gap(NamedTuple):
+    """What does not run here, and why."""
+
+    what: str
+    reason: str
+    asked_for: bool  # so that without it the check is incomplete
+
+
+def gaps(config: Config, sanitizer: str | None, num_gpus: int) -> list[Gap]:
+    """What the commands of :func:`steps` and the measurements leave out."""
+    result = []
+    for what, chosen in (("build", config.build), ("tests", config.tests), ("times", config.rounds > 0)):
+        if not chosen:
+            result.append(Gap(what, "left out by an option", False))
+    if not config.sanitizer:
+        result.append(Gap("compute-sanitizer", "left out by an option", False))
+    elif sanitizer is None:
+        reason = "neither on the PATH nor in the CUDA toolkit; --no-sanitizer does without"
+        result.append(Gap("compute-sanitizer", reason, True))
+    if config.tests and num_gpus < 2:
+        result.append(Gap("tests of a second device", "this machine has one GPU", False))
+    return result
 
 
 def run(command: list[str], **variables: str) -> tuple[int, str]:
@@ -207,10 +241,12 @@ def main(config: Config) -> None:
     missing = missing_requirements(config)
     if missing:
         raise SystemExit("gpu_check: this machine lacks\n" + "\n".join(f"  {what}" for what in missing))
+    num_gpus = torch.cuda.device_count()
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-    report |= {"gpus": torch.cuda.device_count(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    report |= {"gpus": num_gpus, "torch": torch.__version__, "cuda": torch.version.cuda}
     report |= {"python": platform.python_version()}
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = find_sanitizer(find_toolkit())
+    not_run = gaps(config, sanitizer, num_gpus)
     outcomes: dict[str, Outcome] = {}
     for name, (command, variables) in steps(config, sanitizer).items():
         outcomes[name] = judge(*run(command, **variables), is_test="pytest" in command)
@@ -218,21 +254,26 @@ def main(config: Config) -> None:
         if name == "build" and not outcomes[name].passed:
             break
     report["outcomes"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
-    if config.sanitizer and sanitizer is None:
-        report["compute-sanitizer"] = "not installed"
-        print("compute-sanitizer: not installed, so its four checks did not run")
+    report["not run"] = [gap._asdict() for gap in not_run]
     passed = all(outcome.passed for outcome in outcomes.values())
+    incomplete = [gap.what for gap in not_run if gap.asked_for]
+    report["result"] = "failed" if not passed else ("incomplete" if incomplete else "passed")
     if config.rounds and passed:
         report["rates"], report["times"] = measure(config)
+        report["kernels"] = (ait.show_config("dicts") or {})["kernels"]  # what ran, after the comparison at first use
         report["targets (H200)"] = verdicts(report["times"])
         for verdict in report["targets (H200)"]:
             sign = ">=" if verdict["at_least"] else "<="
             print(f"target on an H200: {verdict['row']}: {verdict['quantity']} {sign} {verdict['limit']:g}: ", end="")
             print("not measured" if verdict["met"] is None else f"{verdict['measured']:.4g}")
     config.out.write_text(json.dumps(report, indent=1) + "\n")
+    for gap in not_run:
+        print(f"not run: {gap.what} ({gap.reason})")
     print(f"report: {config.out.resolve()}")
-    if not passed:
-        raise SystemExit(1)
+    missing_part = f": {', '.join(incomplete)} did not run" if report["result"] == "incomplete" else ""
+    print(f"gpu_check: {report['result']}{missing_part}")
+    if report["result"] != "passed":
+        raise SystemExit(1 if report["result"] == "failed" else 2)
 
 
 if __name__ == "__main__":

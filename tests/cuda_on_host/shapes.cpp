@@ -69,6 +69,8 @@ void check_messages() {
   EXPECT(is_built_for(usual, 8, 0) && is_built_for(usual, 8, 9) && is_built_for(usual, 9, 0));
   EXPECT(is_built_for(usual, 12, 1) && is_built_for(usual, 13, 0));
   EXPECT(!is_built_for(usual, 7, 5) && !is_built_for(usual, 11, 0));
+  EXPECT(is_built_for("8.0, 9.0a", 9, 0) && !is_built_for("8.0, 9.0a", 9, 1));
+  EXPECT(is_built_for("10.0f", 10, 3) && !is_built_for("9.0a or newer", 10, 0));
   EXPECT(!is_built_for("9.0", 10, 0) && !is_built_for("8.6", 8, 0) && !is_built_for("", 9, 0));
   EXPECT(
       unsupported_device(usual, 1, 7, 5) ==
@@ -109,16 +111,17 @@ void check_dense_choice() {
 }
 
 void check_slab_choice() {
-  const auto prefers = [](int64_t rows, int64_t entries, int64_t tokens,
-                          const DeviceLimits& device) {
-    return prefers_slabs(plan_attend(rows, entries, tokens, 768, 4, device), 4);
+  const auto prefers = [](int64_t rows, int64_t entries, int64_t tokens, const DeviceLimits& device,
+                          int64_t width = 768) {
+    return prefers_slabs(plan_attend(rows, entries, tokens, width, 4, device), 4);
   };
   for (const DeviceLimits& device : kDevices) {
     const AttendPlan p = plan_attend(256, 512, 32768, 768, 4, device);
     EXPECT(p.slab_columns == (device.shared_bytes > 128 * 1024 ? 64 : 32));
-    EXPECT(prefers(256, 512, 32768, device));  // the default shape
-    EXPECT(!prefers(8, 10, 20, device));       // one more launch costs more than it saves
-    EXPECT(!prefers(256, 4, 1024, device));    // the slabs are larger than what is gathered
+    EXPECT(prefers(256, 512, 32768, device));    // the default shape
+    EXPECT(prefers(64, 256, 100, device, 512));  // in ait/ops/_first_use.py
+    EXPECT(!prefers(8, 10, 20, device));         // one more launch costs more than it saves
+    EXPECT(!prefers(256, 4, 1024, device));      // the slabs are larger than what is gathered
     EXPECT(plan_attend(2000, 512, 32768, 768, 4, device).slab_columns == 0);
     EXPECT(!prefers(2000, 512, 32768, device));
   }

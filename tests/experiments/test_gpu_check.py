@@ -11,9 +11,12 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
-from gpu_check import Config, judge, line_of, main, measure, missing_requirements, row_of, steps, verdicts
+from gpu_check import Config, gaps, judge, line_of, main, measure, missing_requirements, row_of, steps, verdicts
 from gpu_workloads import Workload
 
+from setup_cuda import Toolkit
+
+find_sanitizer = gpu_check.find_sanitizer
 ROOT = Path(gpu_check.__file__).resolve().parents[2]
 RATES = {"bfloat16": 4e14, "float32": 5e13}
 
@@ -50,6 +53,29 @@ def test_every_tool_of_the_sanitizer_runs_the_tests_on_the_device() -> None:
         assert "tests.gpu.plugin" in command and "not (bad_lists or checks_what)" in command[-1]
     assert not set(steps(Config(), None)) & {"memcheck", "racecheck", "initcheck", "synccheck"}
     assert steps(Config(build=False, tests=False, sanitizer=False), "x") == {}
+
+
+def test_what_cannot_be_run_makes_the_check_incomplete_and_what_is_left_out_is_told() -> None:
+    assert gaps(Config(), "/opt/compute-sanitizer", 2) == []
+    [missing] = gaps(Config(), None, 2)
+    assert missing.what == "compute-sanitizer" and missing.asked_for and "--no-sanitizer" in missing.reason
+    [alone] = gaps(Config(), "/opt/compute-sanitizer", 1)
+    assert alone.what == "tests of a second device" and not alone.asked_for
+    left_out = gaps(Config(build=False, tests=False, sanitizer=False, rounds=0), None, 1)
+    assert [gap.what for gap in left_out] == ["build", "tests", "times", "compute-sanitizer"]
+    assert not any(gap.asked_for for gap in left_out)
+
+
+def test_the_sanitizer_is_found_beside_the_compiler_of_the_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    toolkit = Toolkit(tmp_path / "bin" / "nvcc", (), tmp_path, "13.0")
+    assert find_sanitizer(toolkit) is None and find_sanitizer("no toolkit") is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").write_text("")
+    (tmp_path / "bin" / "compute-sanitizer").chmod(0o755)
+    assert find_sanitizer(toolkit) == str(tmp_path / "bin" / "compute-sanitizer")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +132,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(gpu_check, "peak_bytes", lambda function: 60e6)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card X")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda toolkit: "/opt/compute-sanitizer")
     turns: list[str] = []
     implementations = {"ait": lambda: turns.append("ait"), "compiled": lambda: turns.append("compiled")}
     one = Workload(1e8, implementations, results_bytes=50e6)
@@ -135,20 +163,44 @@ def test_the_report_holds_versions_outcomes_times_and_targets(
     out = tmp_path / "report.json"
     main(Config(rounds=3, out=out))
     report = json.loads(out.read_text())
+    assert report["result"] == "passed" and report["not run"] == []
+    assert report["kernels"].keys() >= {"bottleneck_select", "hopfield_retrieve_backward"}
     assert report["gpu"] == "Card X" and report["torch"] == torch.__version__
     assert all(outcome["passed"] for outcome in report["outcomes"].values())
     assert report["times"]["write, bfloat16"]["ait_us"] == pytest.approx(100.0)
     met = {(v["row"], v["quantity"]): v["met"] for v in report["targets (H200)"]}
     assert met["write, bfloat16", "ait_us"] is True
     printed = capsys.readouterr().out
-    assert f"report: {out}" in printed and "write, backward, bfloat16: ait_us <= 120: not measured" in printed
+    assert f"report: {out}\ngpu_check: passed\n" in printed
+    assert "write, backward, bfloat16: ait_us <= 120: not measured" in printed
+
+
+def test_without_compute_sanitizer_the_end_is_no_success(
+    fake_gpu: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda toolkit: None)
+    with pytest.raises(SystemExit) as ending:
+        main(Config(rounds=0, out=tmp_path / "report.json"))
+    assert ending.value.code == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["result"] == "incomplete"
+    assert [gap["what"] for gap in report["not run"] if gap["asked_for"]] == ["compute-sanitizer"]
+    printed = capsys.readouterr().out
+    assert "not run: compute-sanitizer (neither on the PATH" in printed
+    assert printed.endswith("gpu_check: incomplete: compute-sanitizer did not run\n")
+    # Who asks to do without it gets a success, which says so.
+    main(Config(rounds=0, sanitizer=False, out=tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["result"] == "passed" and {gap["what"] for gap in report["not run"]} == {"compute-sanitizer", "times"}
 
 
 def test_a_failed_step_ends_without_times_but_with_a_report(
     fake_gpu: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "run", lambda command, **variables: (0, "5 skipped"))
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda toolkit: None)
+    with pytest.raises(SystemExit) as ending:
         main(Config(rounds=3, out=tmp_path / "report.json"))
+    assert ending.value.code == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert not report["outcomes"]["tests"]["passed"] and "times" not in report
+    assert report["result"] == "failed" and not report["outcomes"]["tests"]["passed"] and "times" not in report
