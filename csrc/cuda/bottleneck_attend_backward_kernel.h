@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kWarpSize) attend_offsets(AttendBackward<S> a)
 
 // grad_logits of a part, and its share of grad_query.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads, 3) attend_backward_parts(AttendBackward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, kAttendBlocks<S>)
+    attend_backward_parts(AttendBackward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;

@@ -242,10 +242,15 @@ __device__ inline void combine_parts(const AttendForward<S>& a, int64_t row) {
   if (threadIdx.x == 0) a.lse[row] = lse;
 }
 
+// Blocks that share a multiprocessor, for which registers are left.
+template <typename S>
+constexpr int kAttendBlocks = sizeof(S) == 8 ? 2 : 3;
+
 // Logits of a part, their maximum, the sum of their exponentials and of the tokens weighted so,
 // which are scaled anew whenever a tile raises the maximum.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads, 3) attend_parts(AttendForward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, kAttendBlocks<S>)
+    attend_parts(AttendForward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;
