@@ -87,15 +87,19 @@ def static_bytes(kernel: str) -> int:
     return max(use["static_shared_bytes"] for name, use in records().items() if mangled.match(name))
 
 
-def table(library: Path) -> list[str]:
+def dynamic_by_device(library: Path) -> dict[str, dict[str, int]]:
+    """:func:`dynamic_bytes` of every kind of device."""
+    return {name: dynamic_bytes(library, *limits) for name, limits in DEVICES.items()}
+
+
+def table(dynamic: dict[str, dict[str, int]]) -> list[str]:
     """Lines of Markdown."""
-    dynamic = [dynamic_bytes(library, *limits) for limits in DEVICES.values()]
-    lines = [f"| kernel | static | {' | '.join(f'dynamic, {name}' for name in DEVICES)} |", "|---" * 5 + "|"]
-    for name in dynamic[0]:
-        sizes = [static_bytes(name), *(asked[name] for asked in dynamic)]
-        lines.append(f"| `{name}` | {' | '.join(f'{size:,}' for size in sizes)} |")
+    lines = [f"| kernel | static | {' | '.join(f'dynamic, {name}' for name in dynamic)} |", "|---" * 5 + "|"]
+    for kernel in next(iter(dynamic.values())):
+        sizes = [static_bytes(kernel), *(asked[kernel] for asked in dynamic.values())]
+        lines.append(f"| `{kernel}` | {' | '.join(f'{size:,}' for size in sizes)} |")
     return lines
 
 
 if __name__ == "__main__":
-    print("\n".join(table(build(operator_sources()))))
+    print("\n".join(table(dynamic_by_device(build(operator_sources())))))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ait
 from ait.ops import _first_use
@@ -196,6 +199,30 @@ def test_nothing_is_compared_while_a_graph_is_captured_and_that_is_said(gpus: di
     gpus["capturing"] = []
     use(3)
     assert gpus["compared"] == [1, 3]
+
+
+def test_a_mode_of_the_caller_does_not_see_the_comparison(
+    gpus: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(
+            self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def compare(device: torch.device, dispatch_key: str) -> list[str]:
+        assert torch.ones(2).sum() == 2
+        return []
+
+    monkeypatch.setattr(_first_use, "replace_wrong_kernels", compare)
+    with Counter() as counter:
+        use(0)
+        assert counter.calls == 0
+        torch.ones(2)
+    assert counter.calls == 1 and list(_first_use.VERDICTS) == [torch.device("cuda:0")]
 
 
 def test_fake_tensors_of_a_device_are_no_first_use(monkeypatch: pytest.MonkeyPatch) -> None:

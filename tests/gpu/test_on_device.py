@@ -133,8 +133,11 @@ def test_operators_can_be_captured_in_a_graph() -> None:
     def run() -> tuple[Tensor, ...]:
         values, indices = ait.ops.bottleneck_select(query, tokens, 40)
         pooled, gates, _ = ait.ops.bottleneck_attend(query[0], tokens, indices[0])
-        out, _, _ = ait.ops.hopfield_retrieve(tokens, patterns, 0.1, 3, 0.01)
-        return values, indices, pooled, gates, out
+        attended = query[0], tokens, indices[0], pooled, gates
+        of_attention = torch.ops.ait.bottleneck_attend_backward(pooled, None, None, *attended)
+        out, taken, _ = ait.ops.hopfield_retrieve(tokens, patterns, 0.1, 3, 0.01)
+        of_retrieval = torch.ops.ait.hopfield_retrieve_backward(out, tokens, patterns, taken, 0.1, 3)
+        return values, indices, pooled, gates, out, *of_attention, *of_retrieval
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
