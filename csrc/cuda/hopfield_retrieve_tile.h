@@ -19,6 +19,10 @@ struct HopfieldTile {
   int64_t num_patterns, pattern_rows, pattern_stride, tile_stride, width;
 };
 
+// Whole tiles of float64 would want more registers than a thread has.
+template <typename C>
+constexpr bool kGoesWhole = sizeof(C) == 4;
+
 // sum[i][j] += 32 columns, or as many as there are, of token i . pattern j. Whole tiles have no
 // branch around a load, so that loads are on their way together.
 template <bool kWhole, typename S, typename C>
@@ -68,7 +72,7 @@ __device__ inline void multiply_transposed(const HopfieldTile<C>& tile,
     const int64_t rows = tile.pattern_rows - m0;
     C sum[4][8] = {};
     for (int64_t block = warp * 32; block < tile.width; block += kHopfieldWarps * 32) {
-      if (aligned && count == kHopfieldTokens && rows >= kHopfieldPatterns &&
+      if (kGoesWhole<C> && aligned && count == kHopfieldTokens && rows >= kHopfieldPatterns &&
           block + 32 <= tile.width) {
         add_products<true>(tile, source, first, count, aligned, m0, block, sum);
       } else {
@@ -136,7 +140,7 @@ __device__ inline void multiply(const HopfieldTile<C>& tile, const Array<C>& wei
     const int64_t e = item / kGroups * kHopfieldColumns + lane * 4;
     if (e >= tile.width || t0 >= count) continue;
     Pack<C> sum[8] = {};
-    if (t0 + 8 <= count) {
+    if (kGoesWhole<C> && t0 + 8 <= count) {
       add_patterns<true>(tile, weights, t0, count, e, sum);
     } else {
       add_patterns<false>(tile, weights, t0, count, e, sum);
