@@ -163,9 +163,12 @@ def _attention_agrees(device: torch.device) -> bool:
     # In float32 it may be told to use TF32, and would then differ from the reference.
     long = torch.full((256, 1024), -1)
     long[:3, :99] = torch.arange(1, 100)
+    # One for which gradients of tokens are summed by slabs.
+    middling = long[:64, :256]
     for dtype, indices, num_tokens, width in (
         *((dtype, short, 70, 20) for dtype in TOLERANCE),
         (torch.bfloat16, long, 100, 512),
+        (torch.float16, middling, 100, 512),
     ):
         query = (_numbers(indices.shape[0], width, step=0.7) / 4).float()
         tokens = _numbers(num_tokens, width, step=1.3).to(dtype)

@@ -46,17 +46,6 @@ int64_t grain(double work) {
   return std::max(int64_t(double(kMinWorkPerThread) / std::max(work, 1.0)), int64_t{1});
 }
 
-void check_inputs(const Tensor& query, const Tensor& tokens, const Tensor& indices) {
-  check_dense_cpu(kName, "query", query);
-  check_dense_cpu(kName, "tokens", tokens);
-  check_dense_cpu(kName, "indices", indices);
-  check_shape(kName, "query", query, {-1, -1});
-  check_shape(kName, "tokens", tokens, {-1, query.size(1)});
-  check_shape(kName, "indices", indices, {query.size(0), -1});
-  check_dtype(kName, "indices", indices, ScalarType::Long);
-  check_token_dtypes(kName, "query", query, "tokens", tokens);
-}
-
 // Number of real entries of a list, or -1 if it is not ascending, unique, in [0, num_tokens) and
 // followed by nothing but -1.
 int64_t count_entries(const int64_t* list, int64_t num_entries, int64_t num_tokens) {
@@ -133,7 +122,7 @@ struct Lists {
 std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
                                                      const Tensor& tokens_in,
                                                      const Tensor& indices_in) {
-  check_inputs(query_in, tokens_in, indices_in);
+  check_attention(check_dense_cpu, kName, query_in, tokens_in, indices_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
@@ -170,21 +159,6 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   return {pooled, gates, lse};
 }
 
-Tensor checked(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> shape,
-               ScalarType dtype) {
-  check_dense_cpu(kName, argument, tensor);
-  check_shape(kName, argument, tensor, shape);
-  check_dtype(kName, argument, tensor, dtype);
-  return as_contiguous(tensor);
-}
-
-// An absent gradient stands for zero.
-std::optional<Tensor> checked(const char* argument, const std::optional<Tensor>& gradient,
-                              std::initializer_list<int64_t> shape, ScalarType dtype) {
-  if (!gradient.has_value() || !gradient->defined()) return std::nullopt;
-  return checked(argument, *gradient, shape, dtype);
-}
-
 // Tokens are handed out in ranges; the ranges do not change the result.
 template <typename C>
 void run_backward_tokens(const AttendKernels<C>& kernel, const AttendBackward<C>& args,
@@ -214,19 +188,15 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const std::optional<Tensor>& grad_pooled_in, const std::optional<Tensor>& grad_gates_in,
     const std::optional<Tensor>& grad_lse_in, const Tensor& query_in, const Tensor& tokens_in,
     const Tensor& indices_in, const Tensor& pooled_in, const Tensor& gates_in) {
-  check_inputs(query_in, tokens_in, indices_in);
+  check_attention(check_dense_cpu, kName, query_in, tokens_in, indices_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
   const Lists lists(tokens, indices);
-  const auto rows_by_width = {lists.num_rows, lists.width};
-  const auto rows_by_entries = {lists.num_rows, lists.num_entries};
-  const Tensor pooled = checked("pooled", pooled_in, rows_by_width, dtype);
-  const Tensor gates = checked("gates", gates_in, rows_by_entries, dtype);
-  const auto grad_pooled = checked("grad_pooled", grad_pooled_in, rows_by_width, dtype);
-  const auto grad_gates = checked("grad_gates", grad_gates_in, rows_by_entries, dtype);
-  const auto grad_lse = checked("grad_lse", grad_lse_in, {lists.num_rows}, dtype);
+  const AttendResults results =
+      check_attend_results(check_dense_cpu, kName, query, tokens, indices,
+                           {pooled_in, gates_in, grad_pooled_in, grad_gates_in, grad_lse_in});
   Tensor grad_query = new_empty(query, {lists.num_rows, lists.width}, dtype);
   Tensor grad_tokens = new_empty(tokens, {lists.num_tokens, lists.width});
   prefer_huge_pages(grad_tokens.mutable_data_ptr(),
@@ -248,11 +218,11 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const int64_t slab = std::max(kSlabBytes / column_bytes / 64 * 64, int64_t{64});
     const AttendBackward<C> args{lists.get(),
                                  query.const_data_ptr<C>(),
-                                 pooled.const_data_ptr<C>(),
-                                 gates.const_data_ptr<C>(),
-                                 data(grad_pooled),
-                                 data(grad_gates),
-                                 data(grad_lse),
+                                 results.pooled.const_data_ptr<C>(),
+                                 results.gates.const_data_ptr<C>(),
+                                 data(results.grad_pooled),
+                                 data(results.grad_gates),
+                                 data(results.grad_lse),
                                  offsets.get(),
                                  takes_part.get(),
                                  grad_logits.get(),

@@ -185,32 +185,11 @@ Storage storage_of(ScalarType dtype) {
 std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tensor& tokens_in,
                                              int64_t k, const std::optional<Tensor>& mask_in,
                                              const std::optional<ScalarType>& selection_dtype) {
-  check_dense_cpu(kName, "query", query_in);
-  check_dense_cpu(kName, "tokens", tokens_in);
-  check_shape(kName, "query", query_in, {-1, -1, -1});
-  const int64_t groups = query_in.size(0), rows = query_in.size(1), width = query_in.size(2);
-  if (tokens_in.dim() == 2 && groups == 1) {
-    check_shape(kName, "tokens", tokens_in, {-1, width});
-  } else {
-    check_shape(kName, "tokens", tokens_in, {-1, groups, width});
-  }
-  check_token_dtypes(kName, "query", query_in, "tokens", tokens_in);
-  const int64_t num_tokens = tokens_in.size(0);
-  STD_TORCH_CHECK(k >= 1, kName, ": expected k of at least 1, got ", k);
-  STD_TORCH_CHECK(num_tokens <= INT32_MAX, kName, ": expected fewer than 2^31 tokens, got ",
-                  num_tokens);
-  if (mask_in.has_value()) {
-    check_dense_cpu(kName, "mask", *mask_in);
-    check_shape(kName, "mask", *mask_in, {num_tokens});
-    check_dtype(kName, "mask", *mask_in, ScalarType::Bool);
-  }
+  const ScalarType rounding =
+      check_selection(check_dense_cpu, kName, query_in, tokens_in, k, mask_in, selection_dtype);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
-  const ScalarType rounding = selection_dtype.value_or(dtype);
-  STD_TORCH_CHECK(rounding == dtype || rounding == ScalarType::Float ||
-                      rounding == ScalarType::BFloat16 || rounding == ScalarType::Half,
-                  kName, ": expected selection_dtype None, float32, bfloat16 or float16, got ",
-                  dtype_name(rounding));
-
+  const int64_t groups = query_in.size(0), rows = query_in.size(1), width = query_in.size(2);
+  const int64_t num_tokens = tokens_in.size(0);
   const int64_t kept = std::min(k, num_tokens);
   Tensor values = torch::stable::new_empty(query_in, {groups, rows, kept}, dtype);
   Tensor indices = torch::stable::new_empty(query_in, {groups, rows, kept}, ScalarType::Long);

@@ -45,12 +45,6 @@ auto dispatch(ScalarType dtype, const Run& run) {
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-void check_inputs(const Tensor& state, const Tensor& patterns, double beta, int64_t steps) {
-  check_dense_cpu(kName, "state", state);
-  check_dense_cpu(kName, "patterns", patterns);
-  check_retrieval(kName, state, patterns, beta, steps);
-}
-
 // The patterns, packed for every product that they take part in.
 template <typename C>
 class PackedPatterns {
@@ -126,8 +120,8 @@ int64_t tile_size(int64_t values_per_token, int64_t value_size) {
 std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
                                                      const Tensor& patterns_in, double beta,
                                                      int64_t steps, double tol) {
-  check_inputs(state_in, patterns_in, beta, steps);
-  STD_TORCH_CHECK(std::isfinite(tol) && tol >= 0, kName, ": expected a finite tol >= 0, got ", tol);
+  check_retrieval(check_dense_cpu, kName, state_in, patterns_in, beta, steps);
+  check_tolerance(kName, tol);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
   const Tensor state = as_contiguous(state_in);
   const Tensor patterns = contiguous_as(patterns_in, dtype);
@@ -292,14 +286,9 @@ std::tuple<Tensor, Tensor> hopfield_retrieve_backward(const Tensor& grad_out_in,
                                                       const Tensor& patterns_in,
                                                       const Tensor& steps_taken_in, double beta,
                                                       int64_t steps) {
-  check_inputs(state_in, patterns_in, beta, steps);
+  check_retrieval(check_dense_cpu, kName, state_in, patterns_in, beta, steps);
   const int64_t num_tokens = state_in.size(0), width = state_in.size(1);
-  check_dense_cpu(kName, "grad_out", grad_out_in);
-  check_shape(kName, "grad_out", grad_out_in, {num_tokens, width});
-  check_dtype(kName, "grad_out", grad_out_in, state_in.scalar_type());
-  check_dense_cpu(kName, "steps_taken", steps_taken_in);
-  check_shape(kName, "steps_taken", steps_taken_in, {num_tokens});
-  check_dtype(kName, "steps_taken", steps_taken_in, ScalarType::Long);
+  check_retrieval_results(check_dense_cpu, kName, state_in, grad_out_in, steps_taken_in);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
   const Tensor state = as_contiguous(state_in);
   const Tensor patterns = contiguous_as(patterns_in, dtype);

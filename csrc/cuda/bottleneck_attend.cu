@@ -7,6 +7,7 @@
 
 #include "bottleneck_attend_backward_kernel.h"
 #include "bottleneck_attend_dense.h"
+#include "bottleneck_attend_slab_kernel.h"
 
 namespace ait::cuda {
 namespace {
@@ -14,17 +15,6 @@ namespace {
 using torch::stable::new_empty;
 
 constexpr const char* kName = "bottleneck_attend";
-
-void check_inputs(const Tensor& query, const Tensor& tokens, const Tensor& indices) {
-  check_dense(kName, "query", query);
-  check_dense(kName, "tokens", tokens, &query);
-  check_dense(kName, "indices", indices, &query);
-  check_shape(kName, "query", query, {-1, -1});
-  check_shape(kName, "tokens", tokens, {-1, query.size(1)});
-  check_shape(kName, "indices", indices, {query.size(0), -1});
-  check_dtype(kName, "indices", indices, ScalarType::Long);
-  check_token_dtypes(kName, "query", query, "tokens", tokens);
-}
 
 AttendPlan plan_of(const Launcher& launch, const Tensor& tokens, const Tensor& indices) {
   return plan_attend(indices.size(0), indices.size(1), tokens.size(0), tokens.size(1),
@@ -41,7 +31,7 @@ bool takes_dense_path(const Launcher& launch, const AttendPlan& plan, const Tens
 std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
                                                      const Tensor& tokens_in,
                                                      const Tensor& indices_in) {
-  check_inputs(query_in, tokens_in, indices_in);
+  check_attention(check_dense, kName, query_in, tokens_in, indices_in);
   const Launcher launch(tokens_in);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
@@ -89,22 +79,6 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   return {pooled, gates, lse};
 }
 
-Tensor checked(const char* argument, const Tensor& tensor, const Tensor& beside,
-               std::initializer_list<int64_t> shape, ScalarType dtype) {
-  check_dense(kName, argument, tensor, &beside);
-  check_shape(kName, argument, tensor, shape);
-  check_dtype(kName, argument, tensor, dtype);
-  return as_contiguous(tensor);
-}
-
-// An absent gradient stands for zero.
-std::optional<Tensor> checked(const char* argument, const std::optional<Tensor>& gradient,
-                              const Tensor& beside, std::initializer_list<int64_t> shape,
-                              ScalarType dtype) {
-  if (!gradient.has_value() || !gradient->defined()) return std::nullopt;
-  return checked(argument, *gradient, beside, shape, dtype);
-}
-
 template <typename T>
 Array<const T> input_or_none(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? input<T>(*tensor) : Array<const T>(no_array<const T>());
@@ -114,21 +88,20 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const std::optional<Tensor>& grad_pooled_in, const std::optional<Tensor>& grad_gates_in,
     const std::optional<Tensor>& grad_lse_in, const Tensor& query_in, const Tensor& tokens_in,
     const Tensor& indices_in, const Tensor& pooled_in, const Tensor& gates_in) {
-  check_inputs(query_in, tokens_in, indices_in);
-  const int64_t rows = indices_in.size(0), entries = indices_in.size(1), width = tokens_in.size(1);
-  const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
-  const Tensor pooled = checked("pooled", pooled_in, query_in, {rows, width}, dtype);
-  const Tensor gates = checked("gates", gates_in, query_in, {rows, entries}, dtype);
-  const auto grad_pooled = checked("grad_pooled", grad_pooled_in, query_in, {rows, width}, dtype);
-  const auto grad_gates = checked("grad_gates", grad_gates_in, query_in, {rows, entries}, dtype);
-  const auto grad_lse = checked("grad_lse", grad_lse_in, query_in, {rows}, dtype);
+  check_attention(check_dense, kName, query_in, tokens_in, indices_in);
+  const AttendResults results =
+      check_attend_results(check_dense, kName, query_in, tokens_in, indices_in,
+                           {pooled_in, gates_in, grad_pooled_in, grad_gates_in, grad_lse_in});
   const Launcher launch(tokens_in);
+  const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
   const Tensor query = contiguous_as(query_in, dtype);
   const Tensor tokens = as_contiguous(tokens_in);
   const Tensor indices = as_contiguous(indices_in);
   AttendPlan plan = plan_of(launch, tokens, indices);
-  const bool dense = grad_pooled.has_value() && takes_dense_path(launch, plan, tokens);
+  const bool dense = results.grad_pooled.has_value() && takes_dense_path(launch, plan, tokens);
   if (dense) plan = whole_rows(plan);
+  const int64_t rows = plan.num_rows, entries = plan.num_entries, width = plan.width;
+  const auto& [pooled, gates, grad_pooled, grad_gates, grad_lse] = results;
   Tensor grad_query = new_empty(query, {rows, width});
   Tensor grad_tokens = new_empty(tokens, {plan.num_tokens, width});
   Tensor offsets = new_empty(query, {rows});
@@ -136,6 +109,14 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
   Tensor grad_logits = new_empty(query, {rows, entries});
   const bool one_part = plan.parts == 1;
   Tensor part_query = new_empty(query, {one_part ? 0 : rows, plan.parts, width});
+  const bool slabs = !dense && plan.slab_columns > 0 &&
+                     launch.slabs(prefers_slabs(plan, dtype == ScalarType::Double ? 8 : 4));
+  const int64_t sorted = slabs ? rows * entries : 0, sorted_tokens = slabs ? plan.num_tokens : 0;
+  Tensor begins = new_empty(query, {sorted_tokens}, ScalarType::Long);
+  Tensor ends = new_empty(query, {sorted_tokens}, ScalarType::Long);
+  Tensor entry_rows = new_empty(query, {sorted}, ScalarType::Int);
+  Tensor entry_gates = new_empty(query, {sorted});
+  Tensor entry_grads = new_empty(query, {sorted});
   const int64_t listed_rows = plan.rows_in_shared ? 0 : plan.token_blocks * rows;
   Tensor masks = new_empty(query, {listed_rows}, ScalarType::Int);
   Tensor starts = new_empty(query, {listed_rows}, ScalarType::Long);
@@ -169,7 +150,12 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
         grad_query_array,
         output<S>(grad_tokens),
         output<unsigned>(masks),
-        output<int64_t>(starts)};
+        output<int64_t>(starts),
+        output<int64_t>(begins),
+        output<int64_t>(ends),
+        output<int>(entry_rows),
+        output<C>(entry_gates),
+        output<C>(entry_grads)};
     launch(&attend_offsets<S>, rows, kWarpSize, 0, args);
     const AttendDense<S> path(launch, plan, tokens, args.indices);
     if (dense) {
@@ -182,7 +168,14 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     if (dense) {
       path.token_gradients(args.gates, args.grad_logits, query, *grad_pooled, args.grad_tokens);
     }
-    launch(&attend_backward_tokens<S>, plan.token_blocks, kAttendThreads, plan.shared_bytes, args);
+    if (slabs) {
+      launch(&attend_backward_sort<S>, plan.token_blocks, kAttendThreads, plan.listing_bytes, args);
+      launch(&attend_backward_slabs<S>, plan.slabs * plan.slab_ranges, kAttendSlabThreads,
+             plan.slab_bytes, args);
+    } else {
+      launch(&attend_backward_tokens<S>, plan.token_blocks, kAttendThreads, plan.shared_bytes,
+             args);
+    }
   });
   return {contiguous_as(grad_query, query_in.scalar_type()), grad_tokens};
 }

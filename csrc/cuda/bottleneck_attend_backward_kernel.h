@@ -27,6 +27,10 @@ struct AttendBackward {
   Array<S> grad_tokens;   // (T, E)
   Array<unsigned> masks;  // (token_blocks, R), where they do not lie in shared memory
   Array<int64_t> starts;  // the same
+  // Where slabs are taken: the entries token by token, those of a token from begins to ends.
+  Array<int64_t> begins, ends;        // (T)
+  Array<int> entry_rows;              // (R k)
+  Array<C> entry_gates, entry_grads;  // (R k)
 };
 
 // offsets and takes_part of a row. By one warp: sum of gates * u is pooled . grad_pooled plus the
@@ -66,11 +70,12 @@ __global__ void __launch_bounds__(kWarpSize) attend_offsets(AttendBackward<S> a)
 
 // grad_logits of a part, and its share of grad_query.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads, 4) attend_backward_parts(AttendBackward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, kAttendBlocks<S>)
+    attend_backward_parts(AttendBackward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int64_t row = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
+  const int64_t row = blockIdx.x / unsigned(p.parts), part = blockIdx.x % unsigned(p.parts);
   SharedMemory shared;
   const Array<int64_t> listed = shared.take<int64_t>(kAttendTile);
   const Array<C> products = shared.take<C>(kAttendTile);
@@ -149,6 +154,28 @@ __device__ inline int64_t lower_bound(const Array<const int64_t>& indices, int64
   return low;
 }
 
+// Of every row: which tokens of a tile it lists, a bit each, and where its list begins to name
+// them. By the whole block, a thread a row; whoever reads other rows has to wait at a barrier.
+template <typename S>
+__device__ inline void find_listed(const AttendBackward<S>& a, int64_t first, int count,
+                                   const Array<unsigned>& masks, const Array<int64_t>& starts) {
+  const AttendPlan& p = a.plan;
+  for (int64_t row = threadIdx.x; row < p.num_rows; row += kAttendThreads) {
+    const int64_t begin = row * p.num_entries;
+    const int64_t start = lower_bound(a.indices, begin, p.num_entries, first);
+    unsigned mask = 0;
+    if (a.takes_part[row] != 0) {
+      for (int64_t j = start; j < p.num_entries; ++j) {
+        const int64_t offset = a.indices[begin + j] - first;
+        if (offset < 0 || offset >= count) break;
+        mask |= 1u << offset;
+      }
+    }
+    masks[row] = mask;
+    starts[row] = start;
+  }
+}
+
 // grad_tokens, token by token: a token's rows are found in the sorted lists, and added in order. A
 // block has 32 tokens at a time, a bit each in the mask of a row; each warp sums one token.
 template <typename S>
@@ -167,20 +194,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendB
   for (int64_t tile = blockIdx.x; tile < p.token_tiles; tile += gridDim.x) {
     const int64_t first = tile * kAttendTokens, rest = p.num_tokens - first;
     const int count = rest < kAttendTokens ? int(rest) : kAttendTokens;
-    for (int64_t row = threadIdx.x; row < p.num_rows; row += kAttendThreads) {
-      const int64_t begin = row * p.num_entries;
-      const int64_t start = lower_bound(a.indices, begin, p.num_entries, first);
-      unsigned mask = 0;
-      if (a.takes_part[row] != 0) {
-        for (int64_t j = start; j < p.num_entries; ++j) {
-          const int64_t offset = a.indices[begin + j] - first;
-          if (offset < 0 || offset >= count) break;
-          mask |= 1u << offset;
-        }
-      }
-      masks[row] = mask;
-      starts[row] = start;
-    }
+    find_listed(a, first, count, masks, starts);
     __syncthreads();
     for (int t = warp; t < count; t += kAttendWarps) {
       if (a.only_non_finite) {

@@ -19,6 +19,13 @@ __device__ inline int64_t listed_token(const Array<const int64_t>& indices, int6
   return token < num_tokens ? token : -1;
 }
 
+// Whether every entry of a tile has a token, which allows loads without a branch around each: -1
+// comes last.
+__device__ inline bool is_full(const Array<int64_t>& listed) {
+  const int64_t last = listed[kAttendTile - 1];
+  return last >= 0;
+}
+
 // dots[i] = vector (E) . token i of a tile; 0 where there is no token. By the whole block: each
 // warp has four entries.
 template <typename S, typename C>
@@ -34,7 +41,20 @@ __device__ inline void tile_dots(const AttendPlan& p, const Array<const S>& toke
     at[i] = token < 0 ? -1 : token * p.width;
   }
   C sum[kEntries] = {};
-  for (int64_t e = lane * 4; e < p.width; e += kWarpSize * 4) {
+  const bool is_whole = aligned && vector_aligned && is_full(listed);
+#pragma unroll(sizeof(S) == 2 ? 2 : 1)
+  for (int64_t e = lane * 4; is_whole && e < p.width; e += kWarpSize * 4) {
+    const Pack<C> v = load_pack(vector, e);
+    Pack<C> x[kEntries];
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) x[i] = load_pack(tokens, at[i] + e);
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[i] += v[c] * x[i][c];
+    }
+  }
+  for (int64_t e = lane * 4; !is_whole && e < p.width; e += kWarpSize * 4) {
     const Pack<C> v = load4(vector, e, p.width - e, vector_aligned);
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
@@ -58,12 +78,20 @@ __device__ inline void add_tile(const AttendPlan& p, const Array<const S>& token
                                 const Array<int64_t>& listed, const Array<C>& weights, C factor,
                                 const Array<C>& sums, bool sums_aligned) {
   const Array<const C> before = sums;
+  const bool is_whole = aligned && is_full(listed);
   for (int64_t e = int64_t(threadIdx.x) * 4; e < p.width; e += kAttendThreads * 4) {
     Pack<C> sum = load4(before, e, p.width - e, sums_aligned);
 #pragma unroll
     for (int c = 0; c < 4; ++c) sum[c] *= factor;
-#pragma unroll 4
-    for (int i = 0; i < kAttendTile; ++i) {
+#pragma unroll 8
+    for (int i = 0; is_whole && i < kAttendTile; ++i) {
+      const int64_t token = listed[i];
+      const C weight = weights[i];
+      const Pack<C> x = load_pack(tokens, token * p.width + e);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[c] += weight * x[c];
+    }
+    for (int i = 0; !is_whole && i < kAttendTile; ++i) {
       const int64_t token = listed[i];
       if (token < 0) continue;
       const C weight = weights[i];
@@ -214,14 +242,19 @@ __device__ inline void combine_parts(const AttendForward<S>& a, int64_t row) {
   if (threadIdx.x == 0) a.lse[row] = lse;
 }
 
+// Blocks that share a multiprocessor, for which registers are left.
+template <typename S>
+constexpr int kAttendBlocks = sizeof(S) == 8 ? 2 : 3;
+
 // Logits of a part, their maximum, the sum of their exponentials and of the tokens weighted so,
 // which are scaled anew whenever a tile raises the maximum.
 template <typename S>
-__global__ void __launch_bounds__(kAttendThreads, 4) attend_parts(AttendForward<S> a) {
+__global__ void __launch_bounds__(kAttendThreads, kAttendBlocks<S>)
+    attend_parts(AttendForward<S> a) {
   using C = ComputeOf<S>;
   const AttendPlan& p = a.plan;
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int64_t row = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
+  const int64_t row = blockIdx.x / unsigned(p.parts), part = blockIdx.x % unsigned(p.parts);
   SharedMemory shared;
   const Array<int64_t> listed = shared.take<int64_t>(kAttendTile);
   const Array<C> logits = shared.take<C>(kAttendTile);

@@ -15,6 +15,9 @@ constexpr int kAttendTile = 32;
 // So many blocks are worth cutting rows into parts, which takes one more launch to combine.
 constexpr int64_t kAttendWantedBlocks = 256;
 constexpr int kAttendTokens = 32;  // of a tile of tokens, one bit each in a row's mask
+// A slab of columns of `query` and `grad_pooled`, all rows of it, is kept by a block of its own.
+constexpr int kAttendSlabThreads = 1024;
+constexpr int64_t kAttendSlabColumns = 64;
 // Several blocks are to share a multiprocessor.
 constexpr int64_t kAttendSharedBytes = int64_t{48} * 1024;
 
@@ -26,12 +29,19 @@ struct AttendPlan {
   int64_t token_tiles, token_blocks;
   bool rows_in_shared;  // what a tile of tokens needs to know of each row; else in global memory
   int64_t shared_bytes;
+  int64_t slab_columns;                     // 0 where no slab fits into shared memory
+  int64_t slabs, slab_ranges, slab_tokens;  // a block has a slab and a range of tokens
+  int64_t slab_bytes, listing_bytes;
 };
 
 // `value_size`: of the compute type, in bytes.
 inline AttendPlan plan_attend(int64_t num_rows, int64_t num_entries, int64_t num_tokens,
                               int64_t width, int64_t value_size, const DeviceLimits& limits) {
-  AttendPlan p{num_rows, num_entries, num_tokens, width, 0, 0, false, 0, 0, 0, false, 0};
+  AttendPlan p{};
+  p.num_rows = num_rows;
+  p.num_entries = num_entries;
+  p.num_tokens = num_tokens;
+  p.width = width;
   const int64_t most_parts = std::max(divide_up(num_entries, kAttendTile), int64_t{1});
   const int64_t wanted_parts =
       std::max(divide_up(kAttendWantedBlocks, std::max(num_rows, int64_t{1})), int64_t{1});
@@ -52,6 +62,21 @@ inline AttendPlan plan_attend(int64_t num_rows, int64_t num_entries, int64_t num
   p.rows_in_shared = wanted <= most_bytes;
   p.shared_bytes = p.rows_in_shared ? wanted : 0;
   p.token_blocks = std::min(p.token_tiles, limits.multiprocessors * 8);
+
+  const auto bytes_of_slab = [&](int64_t columns) { return 2 * num_rows * columns * value_size; };
+  for (int64_t columns = kAttendSlabColumns; columns >= 32 && p.slab_columns == 0; columns /= 2) {
+    if (p.rows_in_shared && bytes_of_slab(columns) <= limits.shared_bytes) p.slab_columns = columns;
+  }
+  if (num_rows == 0 || num_tokens == 0 || width == 0) p.slab_columns = 0;
+  if (p.slab_columns == 0) return p;
+  p.slab_bytes = bytes_of_slab(p.slab_columns);
+  p.slabs = divide_up(width, p.slab_columns);
+  // As many blocks as multiprocessors, but none for a few tokens.
+  const int64_t ranges = std::clamp(limits.multiprocessors / p.slabs, int64_t{1},
+                                    divide_up(num_tokens, kAttendSlabThreads));
+  p.slab_tokens = divide_up(num_tokens, ranges);
+  p.slab_ranges = divide_up(num_tokens, p.slab_tokens);
+  p.listing_bytes = p.shared_bytes + kAttendTokens * 8 + kAttendWarps * 8;
   return p;
 }
 
@@ -63,6 +88,19 @@ enum class AttendDtype { float32, float64, bfloat16, float16 };
 constexpr double kAttendCacheBytes = 5.5e12, kAttendMemoryBytes = 3.0e12;
 constexpr double kAttendTensorFlops = 6e14, kAttendFlops = 5e13, kAttendLaunchSeconds = 4e-6;
 constexpr int64_t kAttendDenseBytes = int64_t{36} << 20;  // of a matrix (terms * R, chunk)
+
+constexpr double kAttendSharedRate = 2.5e13;
+
+// Whether the gradient of the tokens is expected to take less time by slabs in shared memory than
+// by gathering rows from the second-level cache. The sums are the same, in the same order.
+inline bool prefers_slabs(const AttendPlan& p, int64_t value_size) {
+  if (p.slab_columns == 0) return false;
+  const double gathered =
+      2.0 * double(p.num_rows) * double(p.num_entries) * double(p.width) * double(value_size);
+  const double loaded = double(p.slabs * p.slab_ranges) * double(p.slab_bytes);
+  return loaded / kAttendCacheBytes + gathered / kAttendSharedRate + kAttendLaunchSeconds <
+         gathered / kAttendCacheBytes;
+}
 
 struct AttendDensePlan {
   int terms;  // bfloat16 terms of a float32, or 1

@@ -56,29 +56,6 @@ Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& 
   return {terms, tokens, kHalf, kHalf, 3};
 }
 
-void check_inputs(const Tensor& query, const Tensor& tokens, const std::optional<Tensor>& mask,
-                  int64_t k) {
-  check_dense(kName, "query", query);
-  check_dense(kName, "tokens", tokens, &query);
-  check_shape(kName, "query", query, {-1, -1, -1});
-  STD_TORCH_CHECK(tokens.dim() == 3 || (tokens.dim() == 2 && query.size(0) == 1), kName,
-                  ": expected tokens of shape (T, ", query.size(0), ", ", query.size(2), "), got ",
-                  shape_text(tokens));
-  if (tokens.dim() == 3) {
-    check_shape(kName, "tokens", tokens, {-1, query.size(0), query.size(2)});
-  } else {
-    check_shape(kName, "tokens", tokens, {-1, query.size(2)});
-  }
-  check_token_dtypes(kName, "query", query, "tokens", tokens);
-  STD_TORCH_CHECK(k >= 1, kName, ": expected k of at least 1, got ", k);
-  STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, kName, ": expected fewer than 2^31 tokens, got ",
-                  tokens.size(0));
-  if (!mask.has_value()) return;
-  check_dense(kName, "mask", *mask, &query);
-  check_shape(kName, "mask", *mask, {tokens.size(0)});
-  check_dtype(kName, "mask", *mask, ScalarType::Bool);
-}
-
 // Values, indices and numbers of candidates, as one chunk hands them to the next.
 struct Kept {
   Kept(const Tensor& like, int64_t groups, int64_t rows, int64_t kept, ScalarType dtype)
@@ -91,13 +68,9 @@ struct Kept {
 std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tensor& tokens_in,
                                              int64_t k, const std::optional<Tensor>& mask_in,
                                              std::optional<ScalarType> selection_dtype) {
-  check_inputs(query_in, tokens_in, mask_in, k);
+  const ScalarType rounding =
+      check_selection(check_dense, kName, query_in, tokens_in, k, mask_in, selection_dtype);
   const ScalarType dtype = compute_dtype(tokens_in.scalar_type());
-  const ScalarType rounding = selection_dtype.value_or(dtype);
-  STD_TORCH_CHECK(rounding == dtype || rounding == ScalarType::Float ||
-                      rounding == ScalarType::BFloat16 || rounding == ScalarType::Half,
-                  kName, ": expected selection_dtype None, float32, bfloat16 or float16, got ",
-                  dtype_name(rounding));
   const Launcher launch(tokens_in);
   const int64_t groups = query_in.size(0), rows = query_in.size(1), width = query_in.size(2);
   const int64_t num_tokens = tokens_in.size(0), kept = std::min(k, num_tokens);

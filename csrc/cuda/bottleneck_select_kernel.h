@@ -95,6 +95,30 @@ __device__ inline int block_sum(int value, const Array<int>& scratch) {
   return total;
 }
 
+// The least key of those carried along. By the whole block; `scratch` holds a key for each warp.
+template <typename C>
+__device__ inline KeyOf<C> least_carried(const Candidates<C>& candidates,
+                                         const Array<KeyOf<C>>& scratch) {
+  using Key = KeyOf<C>;
+  const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  Key least = ~Key(0);
+  for (int64_t i = threadIdx.x; i < candidates.carried; i += kSelectThreads) {
+    const Key key = candidates.key(i);
+    least = key < least ? key : least;
+  }
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    const Key other = __shfl_xor_sync(kAllLanes, least, step);
+    least = other < least ? other : least;
+  }
+  if (lane == 0) scratch[warp] = least;
+  __syncthreads();
+  for (int w = 0; w < kSelectWarps; ++w) {
+    const Key other = scratch[w];
+    least = other < least ? other : least;
+  }
+  return least;
+}
+
 // Finds the largest key of which at least `need` candidates are not smaller, digit by digit.
 // Returns it, and in `need` how many that equal it are to be kept.
 template <typename C>
@@ -109,10 +133,17 @@ __device__ inline KeyOf<C> find_threshold(const Candidates<C>& candidates,
     const int shift = 8 * digit;
     for (int bin = int(threadIdx.x); bin < kSelectBins; bin += kSelectThreads) histogram[bin] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < candidates.size(); i += kSelectThreads) {
-      const Key key = candidates.key(i);
+    const auto count = [&](Key key) {
       const bool has_prefix = digit == kDigits - 1 || (key ^ prefix) >> shift >> 8 == 0;
       if (key != 0 && has_prefix) histogram.atomic_add(int(key >> shift & 0xff), 1);
+    };
+    for (int64_t i = threadIdx.x; i < candidates.carried; i += kSelectThreads) {
+      count(candidates.key(i));
+    }
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < candidates.chunk; i += kSelectThreads) {
+      const Key key = candidates.keys[i];
+      count(key);
     }
     __syncthreads();
     if (warp == 0) {
@@ -193,7 +224,7 @@ __device__ inline void gather(const SelectChunk<C>& a, const Candidates<C>& cand
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kSelectThreads) select_chunk(SelectChunk<C> a) {
+__global__ void __launch_bounds__(kSelectThreads, 2) select_chunk(SelectChunk<C> a) {
   using Key = KeyOf<C>;
   const int64_t row = blockIdx.x;
   SharedMemory shared;
@@ -202,20 +233,28 @@ __global__ void __launch_bounds__(kSelectThreads) select_chunk(SelectChunk<C> a)
   const Array<int> warp_above = shared.take<int>(kSelectWarps);
   const Array<int> warp_equal = shared.take<int>(kSelectWarps);
   const Array<int> found = shared.take<int>(2);
+  const Array<Key> least_of_warp = shared.take<Key>(kSelectWarps);
   int carried = 0;
   if (!a.is_first) carried = a.carried_counts[row];
 
+  const Candidates<C> candidates{a.carried_values + row * a.kept, keys, carried, a.chunk};
+  // What is no larger than the least of a full list comes behind all of it, equal ones as well:
+  // their tokens come later.
+  Key least = 0;
+  if (carried == a.kept) least = least_carried(candidates, least_of_warp);
+
+  const auto num_rows = unsigned(a.num_rows);
+  const int64_t group = blockIdx.x / num_rows, row_of_group = blockIdx.x % num_rows;
   int own = 0;
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < a.chunk; i += kSelectThreads) {
-    bool is_masked = false;
-    if (a.has_mask) is_masked = a.mask[a.first_token + i];
-    Key key = 0;
-    if (!is_masked) key = key_of(logit_of(a, row / a.num_rows, row % a.num_rows, i));
-    keys[i] = key;
-    own += key != 0;
+    const Key key = key_of(logit_of(a, group, row_of_group, i));
+    bool is_candidate = key > least;
+    if (a.has_mask) is_candidate = is_candidate && !a.mask[a.first_token + i];
+    keys[i] = is_candidate ? key : Key(0);
+    own += is_candidate;
   }
   const int total = carried + block_sum(own, warp_above);
-  const Candidates<C> candidates{a.carried_values + row * a.kept, keys, carried, a.chunk};
   const int kept = total < a.kept ? total : int(a.kept);
   // With no more candidates than places, all that have a key are above the threshold.
   Key threshold = 0;

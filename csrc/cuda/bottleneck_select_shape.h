@@ -33,7 +33,7 @@ inline SelectPlan plan_select(int64_t rows, int64_t num_tokens, int64_t value_si
       num_tokens);
   p.chunks = p.chunk_tokens == 0 ? 0 : divide_up(num_tokens, p.chunk_tokens);
   p.shared_bytes = round_up(p.chunk_tokens * value_size, 16) + kSelectBins * 4 +
-                   2 * round_up(kSelectWarps * 4, 16) + 16;
+                   2 * round_up(kSelectWarps * 4, 16) + 16 + kSelectWarps * value_size;
   return p;
 }
 

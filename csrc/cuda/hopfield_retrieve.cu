@@ -2,7 +2,6 @@
 #include <cuda/dispatch.h>
 #include <cuda/launch.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "hopfield_retrieve_kernel.h"
@@ -13,12 +12,6 @@ namespace {
 using torch::stable::new_empty;
 
 constexpr const char* kName = "hopfield_retrieve";
-
-void check_inputs(const Tensor& state, const Tensor& patterns, double beta, int64_t steps) {
-  check_dense(kName, "state", state);
-  check_dense(kName, "patterns", patterns, &state);
-  check_retrieval(kName, state, patterns, beta, steps);
-}
 
 HopfieldShape shape_of(const Tensor& state, const Tensor& patterns, int64_t steps) {
   const int64_t value_size = state.scalar_type() == ScalarType::Double ? 8 : 4;
@@ -57,8 +50,8 @@ struct PackedPatterns {
 std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
                                                      const Tensor& patterns_in, double beta,
                                                      int64_t steps, double tol) {
-  check_inputs(state_in, patterns_in, beta, steps);
-  STD_TORCH_CHECK(std::isfinite(tol) && tol >= 0, kName, ": expected a finite tol >= 0, got ", tol);
+  check_retrieval(check_dense, kName, state_in, patterns_in, beta, steps);
+  check_tolerance(kName, tol);
   const Launcher launch(state_in);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
   const Tensor state = as_contiguous(state_in);
@@ -100,13 +93,8 @@ std::tuple<Tensor, Tensor> hopfield_retrieve_backward(const Tensor& grad_out_in,
                                                       const Tensor& patterns_in,
                                                       const Tensor& steps_taken_in, double beta,
                                                       int64_t steps) {
-  check_inputs(state_in, patterns_in, beta, steps);
-  check_dense(kName, "grad_out", grad_out_in, &state_in);
-  check_shape(kName, "grad_out", grad_out_in, {state_in.size(0), state_in.size(1)});
-  check_dtype(kName, "grad_out", grad_out_in, state_in.scalar_type());
-  check_dense(kName, "steps_taken", steps_taken_in, &state_in);
-  check_shape(kName, "steps_taken", steps_taken_in, {state_in.size(0)});
-  check_dtype(kName, "steps_taken", steps_taken_in, ScalarType::Long);
+  check_retrieval(check_dense, kName, state_in, patterns_in, beta, steps);
+  check_retrieval_results(check_dense, kName, state_in, grad_out_in, steps_taken_in);
   const Launcher launch(state_in);
   const ScalarType dtype = compute_dtype(state_in.scalar_type());
   const Tensor state = as_contiguous(state_in);

@@ -362,7 +362,7 @@ struct HopfieldGradPatterns {
 // partial[chunk] = sum over its tokens of last_weights^T grad_out + grad_logits^T state. Each warp
 // has four patterns and 128 columns, each lane four of these.
 template <typename S>
-__global__ void __launch_bounds__(kHopfieldThreads)
+__global__ void __launch_bounds__(kHopfieldThreads, 2)
     hopfield_grad_patterns(HopfieldGradPatterns<S> a) {
   using C = ComputeOf<S>;
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
@@ -375,16 +375,33 @@ __global__ void __launch_bounds__(kHopfieldThreads)
   const int64_t most = begin + a.plan.chunk_tokens;
   const int64_t end = most < a.num_tokens ? most : a.num_tokens;
   Pack<C> sum[4] = {};
-  for (int64_t t = begin; t < end; ++t) {
-    const Pack<C> weight = a.last_weights.load4(t * a.tile_stride + m);
-    const Pack<C> grad_logit = a.grad_logits.load4(t * a.tile_stride + m);
-    const Pack<C> grad = load4(a.grad_out, t * a.width + e, a.width - e, a.aligned);
-    const Pack<C> x = load4(a.state, t * a.width + e, a.width - e, a.aligned);
+  const auto add = [&](const Pack<C>& weight, const Pack<C>& grad_logit, const Pack<C>& grad,
+                       const Pack<C>& x) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[i][c] += weight[i] * grad[c] + grad_logit[i] * x[c];
     }
+  };
+  int64_t t = begin;
+  // Four tokens at a time, whose loads are on their way together.
+  constexpr int kBatch = 4;
+  for (; a.aligned && t + kBatch <= end; t += kBatch) {
+    Pack<C> weight[kBatch], grad_logit[kBatch], grad[kBatch], x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      weight[i] = a.last_weights.load4((t + i) * a.tile_stride + m);
+      grad_logit[i] = a.grad_logits.load4((t + i) * a.tile_stride + m);
+      grad[i] = load_pack(a.grad_out, (t + i) * a.width + e);
+      x[i] = load_pack(a.state, (t + i) * a.width + e);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) add(weight[i], grad_logit[i], grad[i], x[i]);
+  }
+  for (; t < end; ++t) {
+    const int64_t at = t * a.width + e, rest = a.width - e;
+    add(a.last_weights.load4(t * a.tile_stride + m), a.grad_logits.load4(t * a.tile_stride + m),
+        load4(a.grad_out, at, rest, a.aligned), load4(a.state, at, rest, a.aligned));
   }
   for (int i = 0; i < 4 && m + i < a.num_patterns; ++i) {
     store4(a.partial, (chunk * a.num_patterns + m + i) * a.width + e, a.width - e, false, sum[i]);

@@ -19,6 +19,46 @@ struct HopfieldTile {
   int64_t num_patterns, pattern_rows, pattern_stride, tile_stride, width;
 };
 
+// Whole tiles of float64 would want more registers than a thread has.
+template <typename C>
+constexpr bool kGoesWhole = sizeof(C) == 4;
+
+// sum[i][j] += 32 columns, or as many as there are, of token i . pattern j. Whole tiles have no
+// branch around a load, so that loads are on their way together.
+template <bool kWhole, typename S, typename C>
+__device__ inline void add_products(const HopfieldTile<C>& tile, const Array<const S>& source,
+                                    int64_t first, int count, bool aligned, int64_t m0,
+                                    int64_t block, C (&sum)[4][8]) {
+  const int lane = int(threadIdx.x) % kWarpSize;
+  const int token_lane = lane / 4, pattern_lane = lane % 4;
+  const int64_t rows = tile.pattern_rows - m0;
+#pragma unroll(sizeof(C) == 8 ? 1 : 2)
+  for (int column = 0; column < 32; column += 4) {
+    const int64_t e = block + column;
+    if (!kWhole && e >= tile.width) break;
+    Pack<C> x[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int t = token_lane + 8 * i;
+      if constexpr (kWhole) {
+        x[i] = load_pack(source, (first + t) * tile.width + e);
+      } else if (t < count) {
+        x[i] = load4(source, (first + t) * tile.width + e, tile.width - e, aligned);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (!kWhole && 4 * j >= rows) break;
+      const Pack<C> p = tile.patterns.load4((m0 + pattern_lane + 4 * j) * tile.pattern_stride + e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[i][j] += x[i][c] * p[c];
+      }
+    }
+  }
+}
+
 // target (tokens, M) = rows [first, first + count) of source (T, E) times patterns^T. The columns
 // are divided among the warps, eight blocks of 32 at a time; each lane has four tokens and eight
 // patterns. Whoever reads the target has to wait at a barrier.
@@ -32,28 +72,11 @@ __device__ inline void multiply_transposed(const HopfieldTile<C>& tile,
     const int64_t rows = tile.pattern_rows - m0;
     C sum[4][8] = {};
     for (int64_t block = warp * 32; block < tile.width; block += kHopfieldWarps * 32) {
-#pragma unroll(sizeof(C) == 8 ? 1 : 2)
-      for (int column = 0; column < 32; column += 4) {
-        const int64_t e = block + column;
-        if (e >= tile.width) break;
-        Pack<C> x[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int t = token_lane + 8 * i;
-          if (t < count)
-            x[i] = load4(source, (first + t) * tile.width + e, tile.width - e, aligned);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (4 * j >= rows) break;
-          const Pack<C> p =
-              tile.patterns.load4((m0 + pattern_lane + 4 * j) * tile.pattern_stride + e);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) sum[i][j] += x[i][c] * p[c];
-          }
-        }
+      if (kGoesWhole<C> && aligned && count == kHopfieldTokens && rows >= kHopfieldPatterns &&
+          block + 32 <= tile.width) {
+        add_products<true>(tile, source, first, count, aligned, m0, block, sum);
+      } else {
+        add_products<false>(tile, source, first, count, aligned, m0, block, sum);
       }
     }
 #pragma unroll
@@ -81,7 +104,30 @@ __device__ inline void multiply_transposed(const HopfieldTile<C>& tile,
   }
 }
 
-// Rows [first, first + count) of target (T, E) = scale * weights (tokens, M) times patterns. Each
+// sum[i] = weights of token t0 + i times four columns of the patterns from e on; of all eight
+// tokens without a branch.
+template <bool kWhole, typename C>
+__device__ inline void add_patterns(const HopfieldTile<C>& tile, const Array<C>& weights, int t0,
+                                    int count, int64_t e, Pack<C> (&sum)[8]) {
+#pragma unroll 1
+  for (int64_t m = 0; m < tile.pattern_rows; m += 4) {
+    Pack<C> p[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) p[k] = tile.patterns.load4((m + k) * tile.pattern_stride + e);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (!kWhole && t0 + i >= count) break;
+      const Pack<C> w = weights.load4((t0 + i) * tile.tile_stride + m);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[i][c] += w[k] * p[k][c];
+      }
+    }
+  }
+}
+
+// Rows [first, first + count) of target (T, E) = weights (tokens, M) times patterns. Each
 // warp has eight tokens and 128 columns at a time, each lane four of these.
 template <typename S, typename C>
 __device__ inline void multiply(const HopfieldTile<C>& tile, const Array<C>& weights, int64_t first,
@@ -94,21 +140,10 @@ __device__ inline void multiply(const HopfieldTile<C>& tile, const Array<C>& wei
     const int64_t e = item / kGroups * kHopfieldColumns + lane * 4;
     if (e >= tile.width || t0 >= count) continue;
     Pack<C> sum[8] = {};
-#pragma unroll 1
-    for (int64_t m = 0; m < tile.pattern_rows; m += 4) {
-      Pack<C> p[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) p[k] = tile.patterns.load4((m + k) * tile.pattern_stride + e);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (t0 + i >= count) break;
-        const Pack<C> w = weights.load4((t0 + i) * tile.tile_stride + m);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) sum[i][c] += w[k] * p[k][c];
-        }
-      }
+    if (kGoesWhole<C> && t0 + 8 <= count) {
+      add_patterns<true>(tile, weights, t0, count, e, sum);
+    } else {
+      add_patterns<false>(tile, weights, t0, count, e, sum);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

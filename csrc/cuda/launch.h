@@ -88,6 +88,8 @@ class Launcher {
 
   // Whether to take a dense path: as the cost model says. (The harness can ask for either.)
   bool dense(bool by_cost) const { return by_cost; }
+  // Whether to take slabs, where they fit: the same.
+  bool slabs(bool by_cost) const { return by_cost; }
   // Bytes of a matrix that is made chunk by chunk. (The harness takes fewer, so as to see chunks.)
   int64_t chunk_bytes(int64_t usual) const { return usual; }
 

@@ -36,9 +36,9 @@ template <typename C>
 __device__ inline C sum_of_terms(const Array<const C>& products, int64_t i, int terms,
                                  int64_t stride) {
   const C main = products[i];
-  if (terms == 1 || isinf(main) || main != main) return main;
+  if (terms == 1) return main;
   const C second = products[i + stride], third = products[i + 2 * stride];
-  return main + (second + third);
+  return isinf(main) || main != main ? main : main + (second + third);
 }
 
 }  // namespace ait::cuda

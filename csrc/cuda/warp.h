@@ -30,22 +30,28 @@ __device__ inline C warp_max(C value) {
 template <typename T>
 using ComputeOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Four elements from i on, at a multiple of the size of a Pack, as the compute type. Without a
+// branch, so that the loads of a loop are on their way together.
+template <typename T>
+__device__ inline auto load_pack(const Array<const T>& source, int64_t i) {
+  const Pack<T> raw = source.load4(i);
+  Pack<ComputeOf<T>> result;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) result[c] = to_compute(raw[c]);
+  return result;
+}
+
 // Four elements from i on as the compute type, of which `count` exist; the others are zero.
 template <typename T>
 __device__ inline auto load4(const Array<const T>& source, int64_t i, int64_t count, bool aligned) {
+  if (aligned && count >= 4) return load_pack(source, i);
   Pack<ComputeOf<T>> result;
-  if (aligned && count >= 4) {
-    const Pack<T> raw = source.load4(i);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) result[c] = to_compute(raw[c]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      result[c] = 0;
-      if (c < count) {
-        const T raw = source[i + c];
-        result[c] = to_compute(raw);
-      }
+  for (int c = 0; c < 4; ++c) {
+    result[c] = 0;
+    if (c < count) {
+      const T raw = source[i + c];
+      result[c] = to_compute(raw);
     }
   }
   return result;

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -86,7 +86,9 @@ def run_cases(cases: list[Case]) -> list[Ending]:
     return [Ending(*ending) for ending in json.loads(result.stdout.splitlines()[-1])]
 
 
-def build_broken(folder: Path, operator: str, file: str, right: str, wrong: str) -> Path:
+def build_broken(
+    folder: Path, operator: str, file: str, right: str, wrong: str, sanitizers: Sequence[str] = ()
+) -> Path:
     """Builds an operator from sources in ``folder`` in which some words of a file are replaced."""
     csrc = folder / "csrc"
     for name in ("cuda", "common"):
@@ -95,4 +97,4 @@ def build_broken(folder: Path, operator: str, file: str, right: str, wrong: str)
     text = path.read_text()
     assert text.count(right) == 1, f"{file} has changed: choose another slip than that of {right!r}"
     path.write_text(text.replace(right, wrong))
-    return build([csrc / "cuda" / f"{operator}.cu"], csrc, "-O0")
+    return build([csrc / "cuda" / f"{operator}.cu"], csrc, "-O0", sanitizers)

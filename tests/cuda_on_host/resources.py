@@ -23,7 +23,12 @@ DEVICES = {"sm_80": (163 * 1024, 108), "sm_90, sm_100": (227 * 1024, 132), "sm_1
 KERNELS = {
     "bottleneck_select": ["split_in_terms", *["select_chunk"] * 3],
     "bottleneck_attend": ["attend_parts"],
-    "bottleneck_attend_backward": ["attend_offsets", "attend_backward_parts", "attend_backward_tokens"],
+    "bottleneck_attend_backward": [
+        "attend_offsets",
+        "attend_backward_parts",
+        "attend_backward_sort",
+        "attend_backward_slabs",
+    ],
     "hopfield_retrieve": ["hopfield_pack", "hopfield_forward"],
     "hopfield_retrieve_backward": [
         "hopfield_pack",

@@ -2,6 +2,10 @@
 
 #include <sys/mman.h>
 #include <ucontext.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <deque>
@@ -11,7 +15,7 @@
 namespace cuda_on_host {
 namespace {
 
-constexpr size_t kStackBytes = 1 << 17;
+constexpr size_t kStackBytes = 1 << 18;
 constexpr size_t kGuardBytes = 1 << 12;
 constexpr size_t kGlobalShadows = 512;
 
@@ -86,6 +90,33 @@ void make_context(Context* context, char* stack, void (*entry)()) {
 
 #endif
 
+// A stack as AddressSanitizer knows it, where the harness is built with that.
+struct KnownStack {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* fake = nullptr;
+};
+
+#if defined(__SANITIZE_ADDRESS__)
+
+// Told before and after every switch of stacks; `from` is null where a stack is left for good.
+void leave(KnownStack* from, const KnownStack& to) {
+  __sanitizer_start_switch_fiber(from == nullptr ? nullptr : &from->fake, to.bottom, to.bytes);
+}
+void arrive(const KnownStack& at, KnownStack& from) {
+  __sanitizer_finish_switch_fiber(at.fake, &from.bottom, &from.bytes);
+}
+// Forgets the frames of a fiber that never came to its end.
+void forget(char* stack) { __asan_unpoison_memory_region(stack, kStackBytes); }
+
+#else
+
+void leave(KnownStack*, const KnownStack&) {}
+void arrive(const KnownStack&, KnownStack&) {}
+void forget(char*) {}
+
+#endif
+
 // ---- State
 // ----------------------------------------------------------------------------------------
 
@@ -93,6 +124,7 @@ enum class State { ready, at_barrier, at_warp_operation, ended };
 
 struct Fiber {
   Context context;
+  KnownStack stack;
   State state;
   Site site;
   unsigned mask;
@@ -124,6 +156,7 @@ struct Block {
   std::vector<unsigned char> shared;
   std::map<int64_t, std::pair<int64_t, std::unique_ptr<Shadow>>> shared_arrays;
   Context scheduler;
+  KnownStack scheduler_stack;
   unsigned current = 0;
   unsigned waiting = 0, ended = 0;
   std::exception_ptr error;
@@ -149,6 +182,7 @@ void set_current(unsigned thread) {
 }
 
 void enter() {
+  arrive(block.fibers[block.current].stack, block.scheduler_stack);
   try {
     (*block.kernel)();
   } catch (...) {
@@ -157,13 +191,17 @@ void enter() {
   Fiber& self = block.fibers[block.current];
   self.state = State::ended;
   ++block.ended;
+  leave(nullptr, block.scheduler_stack);
   switch_context(&self.context, &block.scheduler);
 }
 
 // Gives the processor back; returns once the scheduler takes this fiber up again.
 void wait() {
   const unsigned self = block.current;
-  switch_context(&block.fibers[self].context, &block.scheduler);
+  Fiber& fiber = block.fibers[self];
+  leave(&fiber.stack, block.scheduler_stack);
+  switch_context(&fiber.context, &block.scheduler);
+  arrive(fiber.stack, block.scheduler_stack);
   set_current(self);
 }
 
@@ -210,7 +248,10 @@ void run_block(int threads, int64_t shared_bytes, Random& random) {
   block.error = nullptr;
   block_begin = ++epoch;
   for (unsigned t = 0; t < unsigned(threads); ++t) {
-    make_context(&block.fibers[t].context, stacks.get(t), &enter);
+    char* stack = stacks.get(t);
+    forget(stack);
+    block.fibers[t].stack = {stack, kStackBytes};
+    make_context(&block.fibers[t].context, stack, &enter);
     make_ready(t);
   }
   while (block.ended < unsigned(threads)) {
@@ -220,7 +261,10 @@ void run_block(int threads, int64_t shared_bytes, Random& random) {
     block.ready[pick] = block.ready.back();
     block.ready.pop_back();
     set_current(next);
+    KnownStack left;
+    leave(&block.scheduler_stack, block.fibers[next].stack);
     switch_context(&block.scheduler, &block.fibers[next].context);
+    arrive(block.scheduler_stack, left);
     if (block.error) std::rethrow_exception(block.error);
   }
 }

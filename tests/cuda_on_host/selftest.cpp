@@ -123,6 +123,16 @@ void histogram(Array<int> out, bool atomic) {
   out[int64_t(blockIdx.x) * kThreads + t] = count;
 }
 
+// Sums `count` of four numbers of its own by a pointer, so that no compiler sees the size.
+void local_array(Array<int> out, int count) {
+  const int t = int(threadIdx.x);
+  const int numbers[4] = {t, t, t, t};
+  const int* volatile pointer = numbers;
+  int sum = 0;
+  for (int i = 0; i < count; ++i) sum += pointer[i];
+  out[int64_t(blockIdx.x) * kThreads + t] = sum;
+}
+
 void order_of_threads(Array<int> out, Array<int> counter) {
   const int turn = counter.atomic_add(0, 1);
   out[int64_t(blockIdx.x) * kThreads + threadIdx.x] = turn;
@@ -161,6 +171,8 @@ const std::map<std::string, Kernel>& kernels() {
       {"different_warp_operations", [](auto out, auto) { different_warp_operations(out); }},
       {"histogram", [](auto out, auto) { histogram(out, true); }},
       {"histogram_without_atomics", [](auto out, auto) { histogram(out, false); }},
+      {"local_array", [](auto out, auto) { local_array(out, 4); }},
+      {"local_array_off_by_one", [](auto out, auto) { local_array(out, 5); }},
       {"order_of_threads", [](auto out, auto counter) { order_of_threads(out, counter); }},
       {"misaligned",
        [](auto, auto) {

@@ -4,6 +4,7 @@
 #include <cuda/hopfield_retrieve_shape.h>
 #include <cuda/messages.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -56,6 +57,11 @@ void check_attend(int64_t rows, int64_t entries, int64_t tokens, int64_t width,
   EXPECT(p.token_tiles * kAttendTokens >= tokens);
   EXPECT(p.token_blocks <= p.token_tiles && p.token_blocks <= kMaxBlocks);
   EXPECT(p.shared_bytes <= 48 * 1024 && (p.shared_bytes > 0 || !p.rows_in_shared || rows == 0));
+  if (p.slab_columns == 0) return;
+  EXPECT(p.rows_in_shared && p.slab_columns % 32 == 0);
+  EXPECT(p.slabs * p.slab_columns >= width && p.slab_ranges * p.slab_tokens >= tokens);
+  EXPECT(p.slab_bytes <= device.shared_bytes && p.listing_bytes <= 49 * 1024);
+  EXPECT(p.slabs * p.slab_ranges <= std::max(p.slabs, device.multiprocessors));
 }
 
 void check_messages() {
@@ -104,6 +110,23 @@ void check_dense_choice() {
   EXPECT(!prefers(256, 16384, 32768, 768, AttendDtype::float16));
 }
 
+void check_slab_choice() {
+  const auto prefers = [](int64_t rows, int64_t entries, int64_t tokens, const DeviceLimits& device,
+                          int64_t width = 768) {
+    return prefers_slabs(plan_attend(rows, entries, tokens, width, 4, device), 4);
+  };
+  for (const DeviceLimits& device : kDevices) {
+    const AttendPlan p = plan_attend(256, 512, 32768, 768, 4, device);
+    EXPECT(p.slab_columns == (device.shared_bytes > 128 * 1024 ? 64 : 32));
+    EXPECT(prefers(256, 512, 32768, device));    // the default shape
+    EXPECT(prefers(64, 256, 100, device, 512));  // in ait/ops/_first_use.py
+    EXPECT(!prefers(8, 10, 20, device));         // one more launch costs more than it saves
+    EXPECT(!prefers(256, 4, 1024, device));      // the slabs are larger than what is gathered
+    EXPECT(plan_attend(2000, 512, 32768, 768, 4, device).slab_columns == 0);
+    EXPECT(!prefers(2000, 512, 32768, device));
+  }
+}
+
 void check_select(int64_t rows, int64_t tokens, int64_t value_size) {
   const SelectPlan p = plan_select(rows, tokens, value_size);
   EXPECT(p.chunks * p.chunk_tokens >= tokens);
@@ -143,6 +166,7 @@ int main() {
   EXPECT(plan_select(3 * 256, 32768, 4).chunks == 3);
   EXPECT(plan_attend(256, 512, 32768, 768, 4, kDevices[0]).parts == 1);
   check_dense_choice();
+  check_slab_choice();
   check_messages();
   return failures != 0;
 }

@@ -61,7 +61,7 @@ def test_right_kernels_agree_with_the_reference(library: Path) -> None:
 
 # Operator: what is broken on purpose, and what becomes of it.
 BROKEN = {
-    "bottleneck_select": ("three_terms.h", "return main + (second + third);", "return main + (second - third);"),
+    "bottleneck_select": ("three_terms.h", ": main + (second + third);", ": main + (second - third);"),
     "bottleneck_attend": (
         "bottleneck_attend_kernel.h",
         "sum = sum * factor + warp_sum(weight);",

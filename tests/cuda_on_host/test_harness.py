@@ -99,6 +99,18 @@ SLIPS = {
             "sums, a.query_aligned);\n  }",
             "conflict",
         ),
+        "removed barrier before a slab is read": (
+            "bottleneck_attend_slab_kernel.h",
+            "  __syncthreads();\n  const int64_t most",
+            "  const int64_t most",
+            "conflict|uninitialised",
+        ),
+        "entries of two tokens in one place": (
+            "bottleneck_attend_slab_kernel.h",
+            "for (int u = 0; u < t; ++u)",
+            "for (int u = 1; u < t; ++u)",
+            "conflict",
+        ),
     },
     "bottleneck_select": {
         "two threads write the same": (
@@ -138,7 +150,8 @@ SLIPS = {
 CALLS = {
     "bottleneck_attend": (
         # Several parts of several tiles.
-        "ait.ops.bottleneck_attend(torch.randn(200, 8), torch.randn(200, 8), torch.arange(0, 200, 2).repeat(200, 1))"
+        "query, tokens = torch.randn(200, 8, requires_grad=True), torch.randn(200, 8, requires_grad=True); "
+        "ait.ops.bottleneck_attend(query, tokens, torch.arange(0, 200, 2).repeat(200, 1))[0].sum().backward()"
     ),
     "bottleneck_select": "ait.ops.bottleneck_select(torch.randn(1, 3, 4), torch.randn(900, 4), 20)",
     "hopfield_retrieve": "ait.ops.hopfield_retrieve(torch.randn(40, 24), torch.randn(5, 24))",

@@ -98,6 +98,35 @@ def test_dense_and_gathered_attention_agree_whatever_unlisted_tokens_hold(librar
     assert result.returncode == 0, result.stderr
 
 
+SLABS_AND_GATHERED = """
+import ctypes, torch, ait
+from tests.cuda_on_host.plugin import LIBRARY, take_launches
+from tests.ops.test_bottleneck_attend import gradients_like, run_with_gradients, sample_inputs
+
+def run(dense, shared_bytes, *inputs):
+    ctypes.CDLL(LIBRARY).cuda_on_host_configure(1, shared_bytes, 8, 0, dense)
+    result = run_with_gradients(*inputs)
+    return result, [launch for launch in take_launches() if launch.threads == 1024]
+
+# Rows, entries, tokens, width: several slabs, the last one broken; rows beyond a warp; several ranges of tokens.
+for shape, shared_bytes in (((5, 63, 100, 150), 232448), ((70, 20, 90, 36), 20000), ((3, 300, 2100, 7), 232448)):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        inputs = sample_inputs(shape, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+        inputs[1][1] = torch.inf
+        gathered, none = run(0, shared_bytes, *inputs)
+        by_slabs, one = run(-1, shared_bytes, *inputs)
+        assert (len(none), len(one)) == (0, 0 if shape[0] == 70 and dtype == torch.float64 else 1), (none, one)
+        for name, value in by_slabs.items():
+            assert torch.equal(value.nan_to_num(nan=7), gathered[name].nan_to_num(nan=7)), (name, dtype, shape)
+"""
+
+
+@pytest.mark.slow
+def test_gradients_of_tokens_by_slabs_have_the_bits_of_gathered_ones(library: Path) -> None:
+    result = run_python(library, "-c", SLABS_AND_GATHERED)
+    assert result.returncode == 0, result.stderr
+
+
 def conditional_lines(text: str) -> list[str]:
     """Lines that leave text out for one compiler or the other."""
     return re.findall(r"(?m)^\s*#\s*(?:if|ifdef|ifndef|elif|else)\b.*$", text)

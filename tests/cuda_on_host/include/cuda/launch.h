@@ -11,8 +11,8 @@
 namespace ait::cuda {
 
 inline void check_dense(const char* name, const char* argument, const Tensor& tensor,
-                        const Tensor* = nullptr) {
-  check_dense_cpu(name, argument, tensor);
+                        const Tensor* beside = nullptr) {
+  check_dense_cpu(name, argument, tensor, beside);
 }
 
 template <typename T>
@@ -53,6 +53,11 @@ class Launcher {
   bool dense(bool by_cost) const {
     const int asked = cuda_on_host::settings().dense;
     return asked < 0 ? by_cost : asked == 1;
+  }
+  // Wherever they fit, unless a path was asked for; without running, as the cost model says.
+  bool slabs(bool by_cost) const {
+    const cuda_on_host::Settings& settings = cuda_on_host::settings();
+    return settings.dry ? by_cost : settings.dense < 0;
   }
   int64_t chunk_bytes(int64_t usual) const {
     return cuda_on_host::settings().dense == 1 ? 1 : usual;
