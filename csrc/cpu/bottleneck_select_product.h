@@ -18,7 +18,7 @@ constexpr int kStepTokens = 6;
 #endif
 
 // How far ahead tokens are asked for where nothing but reading them takes time.
-constexpr int64_t kBytesAhead = 1 << 15;
+constexpr int64_t kBytesAhead = 1 << 13;
 
 AIT_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -81,20 +81,6 @@ void multiply(const E* panel, const E* tile, int64_t tile_stride, int64_t width,
   for (int t = 0; t < kStepTokens; ++t) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[t][v].store(logits + (t * kVectors + v) * V::size);
-  }
-}
-
-// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
-// multiply() with width 1.
-template <typename C, int kVectors>
-AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
-  using V = Vec<C>;
-  for (int t = 0; t < kStepTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) {
-      const V token = V::load(tile + t * tile_stride + v * V::size);
-      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
-      logit.store(logits + (t * kVectors + v) * V::size);
-    }
   }
 }
 
