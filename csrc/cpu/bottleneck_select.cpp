@@ -18,9 +18,9 @@ namespace {
 constexpr const char* kName = "bottleneck_select";
 
 // A tile of tokens that stays in the second-level cache while the panels of a block pass by; in the
-// first where each panel reads elements of its own, so that memory is read in its order.
+// first where each few rows read elements of their own, so that memory is read in its order.
 constexpr int64_t kTileBytes = 1 << 17;
-constexpr int64_t kElementwiseTileBytes = 1 << 13;
+constexpr int64_t kElementwiseTileBytes = 1 << 14;
 constexpr int64_t kMaxTileTokens = 1024;
 constexpr int64_t kMaxBlockRows = 256;
 

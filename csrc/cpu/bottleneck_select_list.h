@@ -41,6 +41,13 @@ int64_t count_at_least(const Key* keys, int64_t n, Key bound) {
   return count;
 }
 
+template <typename Key>
+Key smallest_of(const Key* keys, int64_t n) {
+  Key smallest = keys[0];
+  for (int64_t i = 1; i < n; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
+  return smallest;
+}
+
 // `mask` with all but its lowest `n` bits set to 0.
 AIT_INLINE uint32_t lowest_bits(uint32_t mask, int64_t n) {
   uint32_t rest = mask;
@@ -70,7 +77,9 @@ Kept<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k, 
   }
   int64_t at_least_low = n, above_high = 0;  // throughout, the first is >= k, the second < k
   while (low < high && at_least_low > most) {
-    const Key middle = Key(Unsigned(low) + (Unsigned(high) - Unsigned(low)) / 2 + 1);
+    // First, since ties are frequent: whether all but the smallest are fewer than k.
+    const Unsigned half = at_least_low == n ? 0 : (Unsigned(high) - Unsigned(low)) / 2;
+    const Key middle = Key(Unsigned(low) + half + 1);
     const int64_t at_least_middle = count_at_least(keys, n, middle);
     if (at_least_middle >= k) {
       low = middle;
@@ -99,9 +108,7 @@ Kept<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k, 
     compact<kLanes>(tokens + kept, tokens + i, mask);
     kept += __builtin_popcount(mask);
   }
-  Key smallest = keys[0];
-  for (int64_t i = 1; i < kept; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
-  return {kept, smallest, in_ties};
+  return {kept, smallest_of(keys, kept), in_ties};
 }
 
 }  // namespace

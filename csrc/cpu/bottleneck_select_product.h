@@ -21,7 +21,7 @@ constexpr int kStepTokens = 6;
 #endif
 
 // How far ahead tokens are asked for where nothing but reading them takes time.
-constexpr int64_t kBytesAhead = 1 << 15;
+constexpr int64_t kBytesAhead = 1 << 13;
 
 AIT_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;

@@ -32,7 +32,7 @@ struct ScanBuffers {
         tile_tokens(arena.take<int32_t>(round_up(problem.tile_tokens, kStepTokens))),
         unpacked(arena.take<E>(padded_width)),
         thresholds(arena.take<C>(padded_rows)),
-        open_rows(arena.take<uint64_t>(padded_rows)),
+        open_rows(arena.take<uint64_t>((padded_rows + 63) / 64)),
         lists(arena.take<List<C>>(num_rows)) {}
 
   // No multiple of 1 KiB: rows would compete for the same cache sets.
@@ -48,7 +48,7 @@ struct ScanBuffers {
   int32_t* tile_tokens;
   E* unpacked;
   C* thresholds;        // the lists' thresholds, as logits
-  uint64_t* open_rows;  // of each panel, at its first row: see filter()
+  uint64_t* open_rows;  // one bit a row: see append_all()
   List<C>* lists;
 };
 
@@ -66,22 +66,26 @@ class Scan {
         candidates_(candidates),
         buffers_(problem, task.num_rows, arena),
         prefetcher_(problem, task),
-        can_read_in_place_(problem.token_storage == kStorageOf<E> &&
-                           problem.rounding == kStorageOf<E> &&
-                           problem.width % kWidthStep<E> == 0 &&
-                           problem.token_stride * int64_t(sizeof(E)) % 2048 != 0 &&
-                           (!problem.elementwise || task.num_rows % kLanes == 0)),
+        can_read_in_place_(
+            problem.token_storage == kStorageOf<E> && problem.rounding == kStorageOf<E> &&
+            problem.width % kWidthStep<E> == 0 &&
+            (problem.elementwise ? task.num_rows % kLanes == 0
+                                 : problem.token_stride * int64_t(sizeof(E)) % 2048 != 0)),
         worth_prefetching_(!problem.elementwise &&
-                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)),
-        first_full_(problem.elementwise ? smaller(candidates.capacity, problem.k + 64)
-                                        : candidates.capacity) {}
+                           (task.num_rows > kPanelRows || problem.token_stride != problem.width)) {}
 
   SelectStatistics run() {
     take_tile_registers();
     pack_query();
     open_lists();
-    for (int64_t token = task_.first_token; token < task_.last_token;) {
+    for (int64_t token = task_.first_token; token < task_.last_token && num_open_ > 0;) {
       token = load_tile(token);
+      if constexpr (kIsExact) {
+        if (problem_.elementwise) {
+          scan_ready_tile();
+          continue;
+        }
+      }
       start_prefetch(token);
       for (int64_t row = 0; row < task_.num_rows; row += kPanelRows) {
         if (task_.num_rows - row > kLanes) {
@@ -126,10 +130,10 @@ class Scan {
   // Beside a product that is little; for logits that are there it would be waited for.
   void fetch(const List<C>& list) const {
     constexpr int64_t kLine = 64;
-    for (int64_t i = 0; i < first_full_; i += kLine / int64_t(sizeof *list.keys)) {
+    for (int64_t i = 0; i < problem_.k; i += kLine / int64_t(sizeof *list.keys)) {
       __builtin_prefetch(list.keys + i, 1, 2);
     }
-    for (int64_t i = 0; i < first_full_; i += kLine / int64_t(sizeof *list.tokens)) {
+    for (int64_t i = 0; i < problem_.k; i += kLine / int64_t(sizeof *list.tokens)) {
       __builtin_prefetch(list.tokens + i, 1, 2);
     }
   }
@@ -138,7 +142,7 @@ class Scan {
     for (int64_t row = 0; row < task_.num_rows; ++row) {
       const int64_t first = (row * candidates_.ranges + task_.range) * candidates_.capacity;
       List<C>& list = buffers_.lists[row];
-      list = {candidates_.keys + first, candidates_.tokens + first, 0, first_full_,
+      list = {candidates_.keys + first, candidates_.tokens + first, 0, candidates_.capacity,
               kBelowAllKeys<C>};
       if (problem_.elementwise) fetch(list);
     }
@@ -146,9 +150,10 @@ class Scan {
       // Nothing compares as less than or equal to NaN: until a list has been cut, all may enter.
       const bool real = row < task_.num_rows;
       buffers_.thresholds[row] = C(real ? __builtin_nanf("") : __builtin_inff());
-      uint64_t& panel = buffers_.open_rows[row / kPanelRows * kPanelRows];
-      if (row % kPanelRows == 0) panel = 0;
-      panel |= uint64_t{real} << row % kPanelRows;
+      uint64_t& word = buffers_.open_rows[row / 64];
+      if (row % 64 == 0) word = 0;
+      num_open_ += real;
+      word |= uint64_t{real} << row % 64;
     }
   }
 
@@ -222,20 +227,10 @@ class Scan {
       const int32_t* tokens = buffers_.tile_tokens + t;
       const int64_t num_tokens = smaller(kStepTokens, tile_size_ - t);
       const bool fits = fits_uncut_lists(row);
-      if constexpr (kIsExact) {
-        if (problem_.elementwise && !fits) {
-          multiply_and_filter<kVectors>(tile + row, tokens, tile_size_ - t, row);
-          return;
-        }
-        if (problem_.elementwise)
-          multiply_each<C, kVectors>(panel, tile + row, tile_stride_, logits);
-      }
-      if (!problem_.elementwise) {
-        multiply<C, E, kVectors>(panel, tile, tile_stride_, buffers_.padded_width, prefetcher_,
-                                 logits);
-      }
+      multiply<C, E, kVectors>(panel, tile, tile_stride_, buffers_.padded_width, prefetcher_,
+                               logits);
       if (fits) {
-        fill<kVectors>(logits, tokens, num_tokens, row);
+        fill<kVectors>(logits, kVectors * kLanes, tokens, num_tokens, row);
       } else {
         filter<kVectors>(logits, tokens, num_tokens, row);
       }
@@ -249,10 +244,13 @@ class Scan {
   }
 
   template <int kVectors>
-  void fill(const C* logits, const int32_t* tokens, int64_t num_tokens, int64_t first_row) {
+  void fill(const C* logits, int64_t stride, const int32_t* tokens, int64_t num_tokens,
+            int64_t first_row) {
     constexpr int64_t kRows = kVectors * kLanes;
     alignas(64) SelectKey<C> keys[kStepTokens * kRows];
-    for (int64_t i = 0; i < kStepTokens * kRows; ++i) keys[i] = to_key(logits[i]);
+    for (int64_t t = 0; t < kStepTokens; ++t) {
+      for (int64_t r = 0; r < kRows; ++r) keys[t * kRows + r] = to_key(logits[t * stride + r]);
+    }
     for (int64_t r = 0; r < smaller(kRows, task_.num_rows - first_row); ++r) {
       List<C>& list = buffers_.lists[first_row + r];
       // Whole steps, in a few wide writes; what they put behind the last token is overwritten.
@@ -279,63 +277,119 @@ class Scan {
         passing |= mask << ((i - first) * kLanes);
       }
       if (passing != 0) {
-        append_all<kVectors>(passing, logits + first * kLanes, tokens + first / kVectors,
-                             first_row);
+        append_all<kVectors>(passing, logits + first * kLanes, kVectors * kLanes,
+                             tokens + first / kVectors, first_row);
       }
     }
   }
 
-  // multiply_each() and filter() in one, where logits are not worth a way through memory and
-  // waiting for the tokens is most of the time.
-  template <int kVectors>
-  void multiply_and_filter(const C* tile, const int32_t* tokens, int64_t num_tokens,
-                           int64_t first_row) {
-    constexpr int64_t kTokens = 2, kRows = kVectors * kLanes;
-    constexpr int64_t kVectorsPerLine = 64 / sizeof(Vec<C>);
-    static_assert(kStepTokens % kTokens == 0 && kTokens * kRows <= 64);
-    using V = Vec<C>;
-    const int64_t ahead = kBytesAhead / int64_t(sizeof(C));
-    V query[kVectors], thresholds[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      query[v] = V::load(buffers_.panels + first_row + v * kLanes);
-      thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
+  // A tile of logits that are there, where waiting for memory is most of the time. A product with 1
+  // would change nothing, and take long where logits are denormal.
+  void scan_ready_tile() {
+    if (!has_unit_query()) multiply_each();
+    const int64_t t = buffers_.lists[0].count < problem_.k ? fill_ready() : 0;
+    const int64_t rows = buffers_.padded_rows;
+    int64_t row = 0;
+    for (; row + 4 * kLanes <= rows; row += 4 * kLanes) filter_ready<4, 1>(t, row);
+    for (; row + 2 * kLanes <= rows; row += 2 * kLanes) filter_ready<2, 2>(t, row);
+    for (; row < rows; row += kLanes) filter_ready<1, 4>(t, row);
+  }
+
+  bool has_unit_query() const {
+    bool all_ones = true;
+    for (int64_t row = 0; row < task_.num_rows; ++row) all_ones &= buffers_.panels[row] == 1;
+    return all_ones;
+  }
+
+  // The same bits as multiply() with width 1.
+  void multiply_each() {
+    const int64_t stride = buffers_.copy_stride;
+    for (int64_t t = 0; t < tile_size_; ++t) {
+      for (int64_t row = 0; row < buffers_.padded_rows; row += kLanes) {
+        const Vec<C> query = Vec<C>::load(buffers_.panels + row);
+        const Vec<C> token = Vec<C>::load(tile_ + t * tile_stride_ + row);
+        fmadd(query, token, Vec<C>::zero()).store(buffers_.copied_tokens + t * stride + row);
+      }
     }
-    for (int64_t t = 0; t < num_tokens; t += kTokens) {
-      V logits[kTokens * kVectors];
-      uint64_t passing = 0;
+    tile_ = buffers_.copied_tokens;
+    tile_stride_ = stride;
+  }
+
+  // Until they hold k each, all lists take all tokens; the smallest of those is the first
+  // threshold. Returns how many tokens of the tile they took.
+  int64_t fill_ready() {
+    const int64_t n = smaller(tile_size_, problem_.k - buffers_.lists[0].count);
+    int64_t t = 0;
+    for (; t + kStepTokens <= n; t += kStepTokens) {
+      for (int64_t row = 0; row < task_.num_rows; row += kLanes) {
+        fill<1>(tile_ + t * tile_stride_ + row, tile_stride_, buffers_.tile_tokens + t, kStepTokens,
+                row);
+      }
+    }
+    for (; t < n; ++t) {
+      for (int64_t row = 0; row < task_.num_rows; ++row) {
+        append(row, tile_[t * tile_stride_ + row], buffers_.tile_tokens[t]);
+      }
+    }
+    if (buffers_.lists[0].count < problem_.k) return n;
+    for (int64_t row = 0; row < task_.num_rows; ++row) {
+      raise_threshold(row, smallest_of(buffers_.lists[row].keys, problem_.k));
+    }
+    return n;
+  }
+
+  // Appends what passes the thresholds, from token `t` of the tile on, a few tokens at a time.
+  template <int kVectors, int kTokens>
+  void filter_ready(int64_t t, int64_t first_row) {
+    using V = Vec<C>;
+    constexpr int kVectorsPerLine = 64 / sizeof(V);
+    constexpr int64_t kAhead = kBytesAhead / int64_t(sizeof(C));
+    V thresholds[kVectors];
+    const auto load_thresholds = [&] {
+      const C* source = buffers_.thresholds + first_row;
+      for (int v = 0; v < kVectors; ++v) thresholds[v] = V::load(source + v * kLanes);
+    };
+    load_thresholds();
+    const C* logits = tile_ + t * tile_stride_ + first_row;
+    for (; t + kTokens <= tile_size_; t += kTokens, logits += kTokens * tile_stride_) {
+      uint32_t masks[kTokens * kVectors], any = 0;
 #pragma GCC unroll 4
       for (int i = 0; i < kTokens * kVectors; ++i) {
-        const C* element = tile + (t + i / kVectors) * tile_stride_ + i % kVectors * kLanes;
-        if (i % kVectorsPerLine == 0) {
-          __builtin_prefetch(element + ahead, 0, 2);
-        }
-        logits[i] = fmadd(query[i % kVectors], V::load(element), V::zero());
-        const uint64_t mask = not_less_equal_mask(logits[i], thresholds[i % kVectors]);
-        passing |= mask << (i * kLanes);
+        const int v = i % kVectors;
+        const C* lanes = logits + i / kVectors * tile_stride_ + v * kLanes;
+        if (v % kVectorsPerLine == 0) __builtin_prefetch(lanes + kAhead);
+        masks[i] = not_less_equal_mask(V::load(lanes), thresholds[v]);
+        any |= masks[i];
       }
-      if (t + 1 == num_tokens) passing &= (uint64_t{1} << kRows) - 1;  // the second is padding
-      if (passing == 0) continue;
-      alignas(64) C stored[kTokens * kRows];
-      for (int i = 0; i < kTokens * kVectors; ++i) logits[i].store(stored + i * kLanes);
-      append_all<kVectors>(passing, stored, tokens + t, first_row);
-      for (int v = 0; v < kVectors; ++v) {
-        thresholds[v] = V::load(buffers_.thresholds + first_row + v * kLanes);
-      }
+      if (any == 0) continue;
+      uint64_t passing = 0;
+      for (int i = 0; i < kTokens * kVectors; ++i) passing |= uint64_t{masks[i]} << (i * kLanes);
+      append_all<kVectors>(passing, logits, tile_stride_, buffers_.tile_tokens + t, first_row);
+      load_thresholds();
     }
+    if constexpr (kTokens > 1) filter_ready<kVectors, 1>(t, first_row);
   }
 
   // Appends the logits whose bit is set. A list that is cut on the way raises its own threshold,
   // which append() reads again. A row is open unless it only fills up its vector, or has k NaNs,
   // since of a comparison with NaN no threshold could say that nothing passes.
   template <int kVectors>
-  void append_all(uint64_t passing, const C* logits, const int32_t* tokens, int64_t first_row) {
+  AIT_INLINE void append_all(uint64_t passing, const C* logits, int64_t stride,
+                             const int32_t* tokens, int64_t first_row) {
     constexpr int64_t kRows = kVectors * kLanes;
-    uint64_t open = buffers_.open_rows[first_row];
+    uint64_t open = open_rows<kRows>(first_row);
     for (int64_t rows = kRows; rows < 64; rows *= 2) open |= open << rows;
     for (passing &= open; passing != 0; passing &= passing - 1) {
       const int64_t position = __builtin_ctzll(passing);
-      append(first_row + position % kRows, logits[position], tokens[position / kRows]);
+      const int64_t t = position / kRows, row = position % kRows;
+      append(first_row + row, logits[t * stride + row], tokens[t]);
     }
+  }
+
+  // One bit for each of kRows rows; kRows divides first_row.
+  template <int64_t kRows>
+  uint64_t open_rows(int64_t first_row) const {
+    return buffers_.open_rows[first_row / 64] >> first_row % 64 & ~uint64_t{0} >> (64 - kRows);
   }
 
   AIT_INLINE void append(int64_t row, C logit, int32_t token) {
@@ -355,16 +409,21 @@ class Scan {
     List<C>& list = buffers_.lists[row];
     const Kept<C> kept = keep_largest<C>(list.keys, list.tokens, list.count, problem_.k, most);
     list.count = kept.count;
-    list.full = candidates_.capacity;
-    list.threshold = kept.smallest;
-    buffers_.thresholds[row] = to_logit<C>(kept.smallest);
+    raise_threshold(row, kept.smallest);
     statistics_.cuts_in_ties += kept.in_ties;
-    if (kept.smallest == kLargestKey<C>) {
-      ++statistics_.closed_rows;
-      buffers_.thresholds[row] = C(__builtin_inff());
-      buffers_.open_rows[row / kPanelRows * kPanelRows] &= ~(uint64_t{1} << row % kPanelRows);
-    }
     ++statistics_.list_cuts;
+  }
+
+  // As many as k have this key or a larger one.
+  AIT_INLINE void raise_threshold(int64_t row, SelectKey<C> smallest) {
+    buffers_.lists[row].threshold = smallest;
+    buffers_.thresholds[row] = to_logit<C>(smallest);
+    if (smallest == kLargestKey<C>) {
+      ++statistics_.closed_rows;
+      --num_open_;
+      buffers_.thresholds[row] = C(__builtin_inff());
+      buffers_.open_rows[row / 64] &= ~(uint64_t{1} << row % 64);
+    }
   }
 
   const SelectProblem& problem_;
@@ -372,11 +431,12 @@ class Scan {
   const SelectCandidates<C>& candidates_;
   const ScanBuffers<C, E> buffers_;
   Prefetcher prefetcher_;
-  const bool can_read_in_place_;  // 2 KiB apart they would compete for the same cache sets
+  // In whole vectors; tokens 2 KiB apart would compete for the same cache sets.
+  const bool can_read_in_place_;
   const bool worth_prefetching_;
-  const int64_t first_full_;
   const E* tile_ = nullptr;
   int64_t tile_stride_ = 0, tile_size_ = 0;
+  int64_t num_open_ = 0;
   SelectStatistics statistics_{};
 };
 

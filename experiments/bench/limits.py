@@ -41,4 +41,4 @@ def fresh_pages(num_bytes: int) -> None:
 
 def read_all(x: Tensor) -> Tensor:
     """Reads all of a contiguous tensor, and does as little as it can with it."""
-    return x.view(-1).amax()
+    return x.sum()  # reads faster than a maximum

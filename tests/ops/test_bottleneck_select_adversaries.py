@@ -52,6 +52,17 @@ def test_adversarial_logits(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(values, logits[indices], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [84, 96])
+@pytest.mark.parametrize("k", [1, 64, 700])
+def test_adversaries_side_by_side(k: int, rows: int) -> None:
+    # Some rows are closed by NaNs, others are let into all the time, and each at tokens of its own.
+    logits_RT = torch.stack([*ADVERSARIES.values()]).repeat(7, 1)[:rows]
+    for row in range(rows):
+        logits_RT[row] = logits_RT[row].roll(31 * row)
+    values, indices = ait.ops.bottleneck_select(torch.ones(rows, 1, 1), logits_RT.T.contiguous().unsqueeze(-1), k)
+    assert_stable_sort(values[:, 0], indices[:, 0], logits_RT, k)
+
+
 # ---- A million rows -------------------------------------------------------------------------------------------------
 
 # Fewer where the same tests run again for a lesser instruction set.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import subprocess
@@ -110,14 +111,38 @@ def test_every_path_of_the_kernel_was_taken() -> None:
 def test_ready_logits_give_the_bits_of_any_other_call(rows: int, dtype: torch.dtype, layout: str) -> None:
     query, tokens = sample_inputs((rows, 1, 500, 1), dtype)
     query, tokens = LAYOUTS[layout](query), LAYOUTS[layout](tokens.squeeze(-1)).unsqueeze(-1)
-    for mask in (None, random_mask(500)):
-        for k in (1, 9, 100, 499):
-            for selection_dtype in (None, torch.bfloat16):
-                actual = ait.ops.bottleneck_select(query, tokens, k, mask, selection_dtype)
-                # Two rows a group are multiplied like any others.
-                doubled = ait.ops.bottleneck_select(query.expand(rows, 2, 1), tokens, k, mask, selection_dtype)
-                for a, e in zip(actual, doubled, strict=True):
-                    assert_same_bits(a, e[:, :1], f"k = {k}, {selection_dtype}")
+    cases = itertools.product((query, torch.ones_like(query)), (None, random_mask(500)), (1, 9, 100, 499))
+    for own_query, mask, k in cases:
+        for selection_dtype in (None, torch.bfloat16):
+            actual = ait.ops.bottleneck_select(own_query, tokens, k, mask, selection_dtype)
+            # Two rows a group are multiplied like any others.
+            doubled = ait.ops.bottleneck_select(own_query.expand(rows, 2, 1), tokens, k, mask, selection_dtype)
+            for a, e in zip(actual, doubled, strict=True):
+                assert_same_bits(a, e[:, :1], f"k = {k}, {selection_dtype}")
+
+
+@needs_kernels
+def test_ready_logits_that_repeat_one_token() -> None:
+    row = torch.randn(1, 64, 1, generator=generator(0))
+    values, indices = ait.ops.bottleneck_select(torch.ones(64, 1, 1), row.expand(3000, 64, 1), 70)
+    assert torch.equal(indices, torch.arange(70).expand(64, 1, 70))
+    assert torch.equal(values, row.view(64, 1, 1).expand(64, 1, 70))
+
+
+@needs_kernels
+def test_nothing_is_read_once_no_row_lets_anything_in() -> None:
+    from ait import _C
+
+    tiles, logits = [], torch.zeros(8192, 64, 1)
+    for num_nans in (59, 60):
+        logits[:num_nans] = math.nan
+        _C.reset_path_counters()
+        values, indices = ait.ops.bottleneck_select(torch.ones(64, 1, 1), logits, 60)
+        tiles.append(_C.path_counters()["select_tiles_in_place"])
+        assert torch.equal(indices, torch.arange(60).expand(64, 1, 60))
+        assert values.isnan().sum() == 64 * num_nans
+    assert tiles[0] > 50
+    assert tiles[1] < 10
 
 
 # ---- Products of bfloat16 --------------------------------------------------------------------------------------------
