@@ -55,6 +55,7 @@ def test_figures_are_drawn_by_their_script_and_small(docs_folder, tmp_path):
 
 def test_performance_shows_rows_of_the_results_and_no_number_of_its_own(docs_folder):
     pytest.importorskip("mkdocs")
+    pytest.importorskip("matplotlib")
     import hooks
 
     page = (ROOT / "docs" / "performance.md").read_text()
@@ -93,6 +94,7 @@ def test_notebook_pages_show_words_code_output_figures_and_formulas(docs_folder)
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
+    pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
