@@ -14,7 +14,10 @@ from matplotlib import mathtext
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
 CODE = re.compile(r"(`[^`]*`)")
 TO_EXPERIMENTS = re.compile(r"\[([^\]]*)\]\(\.\./(experiments/[\w./]+)[^)]*\)")
-TO_NOTEBOOK = re.compile(r"(\]\((?:[\w./]*/)?\d-[\w-]+)\.ipynb\)")
+# From a document, as in the repository; and from one notebook, or their list, to another.
+TO_NOTEBOOK = re.compile(r"\]\(((?:\.\./)*)\.\./(notebooks/\d-[\w-]+)\.ipynb\)")
+BESIDE = re.compile(r"\]\((\d-[\w-]+)\.ipynb\)")
+TO_LIST = re.compile(r"\]\(((?:\.\./)*)\.\./notebooks/README\.md\)")
 
 
 def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -45,8 +48,9 @@ def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def link_pages(markdown: str) -> str:
-    """Links to notebooks become links to their pages."""
-    return TO_NOTEBOOK.sub(r"\1.md)", markdown)
+    """Links to notebooks, which lie beside ``docs/``, become links to their pages, which lie in it."""
+    markdown = TO_LIST.sub(r"](\1notebooks/index.md)", markdown)
+    return BESIDE.sub(r"](\1.md)", TO_NOTEBOOK.sub(r"](\1\2.md)", markdown))
 
 
 def _words(source: str) -> str:

@@ -86,9 +86,26 @@ def test_notebook_pages_show_words_code_output_figures_and_formulas(docs_folder)
         assert all(f"]({name})" in page and content.startswith(b"\x89PNG") for name, content in pictures.items())
         words = re.sub(r"```.*?```|`[^`]*`", "", page, flags=re.DOTALL)
         assert "$" not in words and "](../docs/" not in words and "](../experiments/" not in words
-    assert (
-        link_pages("[a](../notebooks/2-triangle.ipynb) [b](x.ipynb)") == "[a](../notebooks/2-triangle.md) [b](x.ipynb)"
-    )
+    for link, on_site in {
+        "[a](../../notebooks/2-triangle.ipynb)": "[a](../notebooks/2-triangle.md)",
+        "[a](../notebooks/README.md)": "[a](notebooks/index.md)",
+        "[a](2-triangle.ipynb)": "[a](2-triangle.md)",
+        "[a](x.ipynb)": "[a](x.ipynb)",
+    }.items():
+        assert link_pages(link) == on_site
+
+
+def test_links_of_documents_and_notebooks_lead_to_files_of_the_repository():
+    texts = {page: page.read_text() for page in (*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/README.md"))}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    found = 0
+    for page, text in texts.items():
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), (page, target)
+            found += 1
+    assert found > 50
 
 
 @pytest.mark.slow
