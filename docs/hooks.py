@@ -8,6 +8,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from notebook_pages import link_pages, page_of
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
@@ -18,8 +19,9 @@ RESULTS = NOTEBOOKS.parent / "experiments" / "results"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """``{{ file: beginning | beginning }}`` becomes the rows of ``experiments/results/file.md`` that begin so."""
-    return MEASURED.sub(lambda match: measured(match[1], match[2].split(" | ")), markdown)
+    """``{{ file: beginning | beginning }}`` becomes the rows of ``experiments/results/file.md`` that begin so,
+    and links to notebooks lead to their pages."""
+    return link_pages(MEASURED.sub(lambda match: measured(match[1], match[2].split(" | ")), markdown))
 
 
 def measured(name: str, beginnings: list[str]) -> str:
@@ -56,7 +58,11 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """The notebooks, as files beside the pages, and their list as the page about them."""
+    """The notebooks, as pages and as files beside them, and their list as the page about them."""
     files.append(File.generated(config, "notebooks/index.md", abs_src_path=str(NOTEBOOKS / "README.md")))
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+        page, pictures = page_of(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=picture))

@@ -5,6 +5,7 @@ Bash blocks are in ``test_documented_commands.py``.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_figures_are_drawn_by_their_script_and_small(docs_folder, tmp_path):
 
 def test_performance_shows_rows_of_the_results_and_no_number_of_its_own(docs_folder):
     pytest.importorskip("mkdocs")
+    pytest.importorskip("matplotlib")
     import hooks
 
     page = (ROOT / "docs" / "performance.md").read_text()
@@ -68,9 +70,48 @@ def test_performance_shows_rows_of_the_results_and_no_number_of_its_own(docs_fol
         hooks.measured("operators", ["no such"])
 
 
+def test_notebook_pages_show_words_code_output_figures_and_formulas(docs_folder):
+    pytest.importorskip("matplotlib")
+    from notebook_pages import link_pages, page_of
+
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page, pictures = page_of(path)
+        cells = json.loads(path.read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        for cell in cells:
+            assert cell["cell_type"] == "markdown" or "".join(cell["source"]) in page
+        for output in outputs:
+            assert "".join(output.get("text", "")).strip("\n") in page
+        assert len(pictures) == sum("image/png" in output.get("data", {}) for output in outputs) > 0
+        assert all(f"]({name})" in page and content.startswith(b"\x89PNG") for name, content in pictures.items())
+        words = re.sub(r"```.*?```|`[^`]*`", "", page, flags=re.DOTALL)
+        assert "$" not in words and "](../docs/" not in words and "](../experiments/" not in words
+    for link, on_site in {
+        "[a](../../notebooks/2-triangle.ipynb)": "[a](../notebooks/2-triangle.md)",
+        "[a](../notebooks/README.md)": "[a](notebooks/index.md)",
+        "[a](2-triangle.ipynb)": "[a](2-triangle.md)",
+        "[a](x.ipynb)": "[a](x.ipynb)",
+    }.items():
+        assert link_pages(link) == on_site
+
+
+def test_links_of_documents_and_notebooks_lead_to_files_of_the_repository():
+    texts = {page: page.read_text() for page in (*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/README.md"))}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    found = 0
+    for page, text in texts.items():
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), (page, target)
+            found += 1
+    assert found > 50
+
+
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
+    pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -79,4 +120,7 @@ def test_site_builds_without_a_warning(tmp_path):
     assert ":class:" not in page and ":func:" not in page
     for name, words in {"recording": "slot_perplexity", "viz": "plot_rollout"}.items():
         assert words in (tmp_path / "site" / "reference" / name / "index.html").read_text()
+    triangle = (tmp_path / "site" / "notebooks" / "2-triangle" / "index.html").read_text()
+    assert "mean cosine between slots" in triangle and "2-triangle-1.png" in triangle
+    assert "notebooks/2-triangle/" in (tmp_path / "site" / "how-to" / "capacity" / "index.html").read_text()
     assert "GFLOP/s" in (tmp_path / "site" / "performance" / "index.html").read_text()

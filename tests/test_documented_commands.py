@@ -41,7 +41,7 @@ NOT_RUN = {
     "python experiments/evaluate.py": ("needs CIFAR-10", "tests/experiments/test_evaluate.py"),
     "python experiments/export_weights.py": ("needs a finished run", "tests/experiments/test_evaluate.py"),
     "python experiments/transfer.py --data-dir": ("hours, and CIFAR-100", "tests/experiments/test_transfer.py"),
-    "python experiments/recall.py": ("minutes", "tests/experiments/test_recall.py"),
+    "python experiments/recall.py": ("half a minute", "tests/experiments/test_recall.py"),
     "python experiments/gates.py": ("minutes", "tests/experiments/test_gates.py"),
     "python examples/": ("run there, in processes of their own", "tests/integrations/test_trainers.py"),
     "make": ("builds, and then runs the rest of the tests", "tests/packaging"),

@@ -70,7 +70,7 @@ class GlobalWorkspace(nn.Module):
         memory: ``"ewma"`` (written by every training batch), ``"learned"`` (a parameter) or ``"fixed"`` (random);
             the last two have no writer and no balance loss.
         semantics: ``"differentiable"`` (the write learns through ``alpha * gamma_hat``; in ``eval()`` the memory
-            stands still) or ``"released"`` (the published code: no gradient through the memory, which moves in
+            stands still) or ``"released"`` (the authors' code: no gradient through the memory, which moves in
             ``eval()``, too; writer parameters that can get no gradient have ``requires_grad=False``).
         reader: ``"hopfield"``, or ``"attention"``: multi-head attention from tokens to slots, an ablation.
         alpha: weight of the new batch in the moving average.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ def attention_rollout(
 
 def choose_images(name: str, images: Sequence[int] | int | None, batch: int) -> list[int]:
     """Indices of images, checked against the size of the batch; None is all of them."""
-    chosen = list(range(batch)) if images is None else [images] if isinstance(images, int) else list(images)
+    chosen = list(range(batch)) if images is None else list(images) if isinstance(images, Iterable) else [images]
     for image in chosen:
         if not isinstance(image, int) or isinstance(image, bool) or not -batch <= image < batch:
             raise op_error(name, f"images of the recorded batch, 0 to {batch - 1}", repr(image))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -44,8 +44,12 @@ def plot_energy(
     """
     recorded = check_trace(NAME, trace)[index]
     width = check_width(NAME, width)
-    asked = [layers] if isinstance(layers, str | int) else layers
-    chosen = list(recorded) if asked is None else [recorded[layer] for layer in asked]
+    if layers is None:
+        chosen = list(recorded)
+    elif isinstance(layers, Iterable) and not isinstance(layers, str):
+        chosen = [recorded[layer] for layer in layers]
+    else:
+        chosen = [recorded[layers]]
     paths = [(layer, path) for layer in chosen if (path := _path(layer)) is not None]
     if not paths:
         raise op_error(NAME, "a layer that retrieves by Hopfield energy and saw tokens", "none")

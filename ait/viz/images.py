@@ -50,6 +50,8 @@ def find_grid(name: str, layer: LayerRecord, images: Tensor, grid: tuple[int, in
     """
     check_images(name, images)
     batch, _, height, width = images.shape
+    if not layer.batch:
+        raise op_error(name, "a pass with at least one image", "an empty batch")
     if batch != layer.batch:
         expected = f"the {layer.batch} images of the recorded batch, (B, C, H, W)"
         raise op_error(name, expected, f"{batch} images, {tuple(images.shape)}")

@@ -31,10 +31,13 @@ def plot_memory(history: MemoryHistory, *, layer: str | int = 0, theme: Theme = 
         The figure.
 
     Raises:
-        ValueError: the history is empty or has no such layer, or an argument is not as above.
+        ValueError: the history has fewer than two steps or no such layer, or an argument is not as above.
     """
+    expected = "an ait.MemoryHistory with at least two steps, each kept by log(step)"
     if not isinstance(history, MemoryHistory):
-        raise op_error(NAME, "an ait.MemoryHistory with at least two steps", type(history).__name__)
+        raise op_error(NAME, expected, type(history).__name__)
+    if len(history.steps) < 2:
+        raise op_error(NAME, expected, f"one with {len(history.steps)}")
     distance, similarity, gram = history.distance(layer), history.similarity(layer), history.gram(layer)
     width, steps = check_width(NAME, width), history.steps
     name = layer if isinstance(layer, str) else history.layer_names[layer]

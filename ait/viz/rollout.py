@@ -63,7 +63,8 @@ def plot_rollout(
     places = find_grid(NAME, record, images, grid)
     chosen = choose_shown(NAME, record, image)
     tokens = record.tokens_per_image
-    if token is not None and (not isinstance(token, int) or not -tokens <= token < tokens):
+    whole = isinstance(token, int) and not isinstance(token, bool)
+    if token is not None and (not whole or not -tokens <= token < tokens):
         raise op_error(NAME, f"token from 0 to {tokens - 1}, or None", repr(token))
     if token is None and places.prefix:
         token = 0

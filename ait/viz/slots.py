@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -103,7 +103,7 @@ def plot_slots(
 
 
 def _choose_slots(slots: Sequence[int] | int, gates_MBN: Tensor, record: LayerRecord) -> list[int]:
-    if isinstance(slots, int):
+    if not isinstance(slots, Iterable):
         count = min(check_positive_int(NAME, "slots", slots), record.num_slots)
         return gates_MBN.sum((1, 2)).topk(count).indices.sort().values.tolist()
     chosen = list(slots)

@@ -135,8 +135,11 @@ def test_files_that_were_altered_or_cut_are_named_wherever_it_was(tmp_path: Path
     path = tmp_path / f"x{suffix}"
     trace.save(path)
     whole = path.read_bytes()
-    damages = [whole[: len(whole) * part // 8] for part in range(1, 8)]
-    damages += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(0, len(whole), 997)]
+    for part in range(1, 8):
+        path.write_bytes(whole[: len(whole) * part // 8])
+        with pytest.raises(ValueError, match=rf"x\{suffix}"):
+            Trace.load(path)
+    damages = [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(0, len(whole), 997)]
     for damage in damages:
         path.write_bytes(damage)
         try:

@@ -289,9 +289,19 @@ def test_figures_of_an_empty_recording(name: str) -> None:
         plots[name]()
 
 
+@pytest.mark.parametrize("plot", [viz.plot_retrieval, viz.plot_rollout, viz.plot_slots])
+def test_figures_of_an_empty_batch(plot: Callable[..., Figure]) -> None:
+    images = some_images()[:0]
+    with pytest.raises(ValueError, match=r"at least one image, got an empty batch|the batch was empty"):
+        plot(recorded(images), images)
+
+
 def test_a_memory_without_steps_and_arguments_that_are_wrong() -> None:
-    with pytest.raises(ValueError, match="at least one step kept by log"):
-        viz.plot_memory(ait.MemoryHistory(small_model()))
+    one_step = ait.MemoryHistory(small_model())
+    for number in (0, 1):
+        with pytest.raises(ValueError, match=rf"plot_memory: expected .* at least two steps.*got one with {number}"):
+            viz.plot_memory(one_step)
+        one_step.log(number)
     trace, images = recorded(), some_images()
     for plot, options, expected in (
         (viz.plot_slots, dict(theme="sepia"), "theme to be one of 'light', 'dark', 'transparent'"),
@@ -299,9 +309,12 @@ def test_a_memory_without_steps_and_arguments_that_are_wrong() -> None:
         (viz.plot_slots, dict(head=2), "head from 0 to 1"),
         (viz.plot_slots, dict(slots=[4]), "slots from 0 to 3, got 4"),
         (viz.plot_slots, dict(slots=0), "slots >= 1"),
+        (viz.plot_slots, dict(slots=2.0), "slots to be an integer, got 2.0"),
         (viz.plot_slots, dict(image=4), "images of the recorded batch, 0 to 3, got 4"),
+        (viz.plot_slots, dict(image=1.0), "images of the recorded batch, 0 to 3, got 1.0"),
         (viz.plot_slots, dict(layer="head"), "a recorded layer"),
         (viz.plot_rollout, dict(token=16), "token from 0 to 15"),
+        (viz.plot_rollout, dict(token=True), "token from 0 to 15, or None, got True"),
         (viz.plot_slots, dict(head=True), "head from 0 to 1"),
         (viz.plot_slots, dict(index="last"), "the index of one of 1 recorded passes, got 'last'"),
         (viz.plot_slots, dict(grid=4), r"grid=\(rows, columns\), two positive integers, got 4"),
@@ -336,6 +349,8 @@ def test_energy_of_one_layer_by_index_or_name() -> None:
     for layers in (1, "blocks.1", [1], ("blocks.1",)):
         (line,) = viz.plot_energy(trace, layers=layers).axes[0].lines
         assert line.get_label() == "blocks.1"
+    with pytest.raises(ValueError, match=r"expected a recorded layer .*got 1\.5"):
+        viz.plot_energy(trace, layers=1.5)  # type: ignore[arg-type]
 
 
 def test_traces_of_another_model_name_what_does_not_fit() -> None:
