@@ -200,19 +200,5 @@ __attribute__((noinline)) void multiply(const E* panel, const E* tile, int64_t t
 #endif
 }
 
-// logits[t][r] = query[r] * tile[t][r], for a step of tokens and a panel of rows: the same bits as
-// multiply() with width 1.
-template <typename C, int kVectors>
-AIT_INLINE void multiply_each(const C* query, const C* tile, int64_t tile_stride, C* logits) {
-  using V = Vec<C>;
-  for (int t = 0; t < kStepTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) {
-      const V token = V::load(tile + t * tile_stride + v * V::size);
-      const V logit = fmadd(V::load(query + v * V::size), token, V::zero());
-      logit.store(logits + (t * kVectors + v) * V::size);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace ait::cpu
