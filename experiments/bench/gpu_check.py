@@ -5,10 +5,13 @@
 It needs an NVIDIA GPU with its driver, a torch built for CUDA, and a CUDA toolkit of the same major version (which
 brings compute-sanitizer). The report (JSON) holds versions, the outcome of the tests and of compute-sanitizer, and
 medians of the times of the operators at the default shape, with ratios to plain PyTorch, torch.compile and the
-published loop, the fraction of the floor that was reached, and the design's targets.
+published loop, the fraction of the floor that was reached, and the design's targets. Times are the device's: what the
+host takes to issue a call is no part of them. The report is written before anything is timed, and again at the end.
 
-Exit status: 0 where all that was asked for ran and passed, 1 where something failed or the machine lacks what it
-needs, 2 where all that ran passed, but something could not be run ("incomplete"; the report says what).
+Exit status of this script: 0 where all that was asked for ran and passed, 1 where something failed or the machine
+lacks what it needs, 2 where all that ran passed, but something could not be run ("incomplete"; the report says what).
+``make`` itself ends with 2 wherever the script does not end with 0; the last line that the script prints, and
+``result`` in the report, tell the two apart.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +147,27 @@ def run(command: list[str], **variables: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
+def told_by(*command: str) -> str | None:
+    """The first line that a command prints; None where there is no such command, or it fails."""
+    try:
+        status, output = run(list(command))
+    except FileNotFoundError:
+        return None
+    return (output.splitlines() or [None])[0] if status == 0 else None
+
+
+def versions() -> dict[str, Any]:
+    """Of the GPU's driver, of ``ait`` and what it runs on; the commit ends in ``+`` where files were changed since."""
+    return {
+        "driver": told_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "ait": runpy.run_path(str(ROOT / "ait" / "_version.py"))["__version__"],  # not imported before it is built
+        "commit": told_by("git", "describe", "--always", "--exclude", "*", "--abbrev=40", "--dirty=+"),
+    }
+
+
 def judge(status: int, output: str, *, is_test: bool) -> Outcome:
     """A step passed if its status is 0 and, for tests, at least one of them ran and passed."""
     end = output[-4000:]
@@ -211,29 +238,73 @@ def verdicts(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def measure(
-    config: Config, clock: Callable[[Callable[[], object]], float] = milliseconds
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rates of the device, and rows by name: timed by turns in one process."""
+@contextmanager
+def recorded(failures: dict[str, str], what: str) -> Iterator[None]:
+    """An exception ends the block, and is kept by the name of what was tried."""
+    try:
+        yield
+    except Exception as error:
+        failures[what] = traceback.format_exc()
+        print(f"{what}: FAILED ({error!r})", flush=True)
+
+
+def timed(config: Config, workload: Workload, clock: Callable[..., float]) -> dict[str, list[float]]:
+    """Milliseconds by implementation, by turns."""
+    times: dict[str, list[float]] = {label: [] for label in workload.implementations}
+    for function in workload.implementations.values():
+        for _ in range(3):
+            function()
+    for _ in range(config.rounds):
+        for label, function in workload.implementations.items():
+            times[label].append(clock(function, workload.kernels))
+    return times
+
+
+def measure(config: Config, report: dict[str, Any], clock: Callable[..., float] = milliseconds) -> dict[str, str]:
+    """Puts the device's rates, and rows by name, into the report as they come; returns what failed, with tracebacks."""
     bandwidth, flops = measured_rates()
     bandwidth, flops["bfloat16"] = config.bandwidth or bandwidth, config.flops or flops["bfloat16"]
-    rows: dict[str, Any] = {}
+    report["rates"] = {"bandwidth_bytes_per_second": bandwidth, "flops_per_second": flops}
+    rows, failures = report.setdefault("times", {}), {}
     for dtype in (torch.bfloat16, torch.float32):
         for name, workload in workloads(dtype).items():
-            times: dict[str, list[float]] = {label: [] for label in workload.implementations}
-            for function in workload.implementations.values():
-                for _ in range(3):
-                    function()
-            for _ in range(config.rounds):
-                for label, function in workload.implementations.items():
-                    times[label].append(clock(function))
-            row = row_of(workload, times, bandwidth, flops)
-            if workload.results_bytes is not None:
-                row["extra_bytes"] = peak_bytes(workload.implementations["ait"]) - workload.results_bytes
             full_name = f"{name}, {str(dtype).removeprefix('torch.')}"
-            rows[full_name] = row
-            print(line_of(full_name, row))
-    return {"bandwidth_bytes_per_second": bandwidth, "flops_per_second": flops}, rows
+            with recorded(failures, full_name):
+                row = row_of(workload, timed(config, workload, clock), bandwidth, flops)
+                if workload.results_bytes is not None:
+                    row["extra_bytes"] = peak_bytes(workload.implementations["ait"]) - workload.results_bytes
+                rows[full_name] = row
+                print(line_of(full_name, row), flush=True)
+    return failures
+
+
+def outcome_of_times(config: Config, report: dict[str, Any]) -> Outcome:
+    """Measures, and whatever fails meanwhile leaves what was measured in the report."""
+    failures: dict[str, str] = {}
+    with recorded(failures, "times"):
+        import ait  # only now: the build has replaced its libraries
+
+        failures |= measure(config, report)
+        report["kernels"] = (ait.show_config("dicts") or {})["kernels"]  # what ran, after the comparison at first use
+    report["targets (H200)"] = verdicts(report.setdefault("times", {}))
+    for verdict in report["targets (H200)"]:
+        sign = ">=" if verdict["at_least"] else "<="
+        print(f"target on an H200: {verdict['row']}: {verdict['quantity']} {sign} {verdict['limit']:g}: ", end="")
+        print("not measured" if verdict["met"] is None else f"{verdict['measured']:.4g}")
+    summary = f"{len(report['times'])} rows" + "".join(f"; {name} failed" for name in failures)
+    return Outcome(not failures, summary, next(iter(failures.values()), "")[-4000:])
+
+
+def write_report(path: Path, report: dict[str, Any], outcomes: Mapping[str, Outcome], not_run: Sequence[Gap]) -> str:
+    """Writes the report with its result, which is returned: passed, failed or incomplete."""
+    report["outcomes"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
+    report["not run"] = [gap._asdict() for gap in not_run]
+    if not all(outcome.passed for outcome in outcomes.values()):
+        report["result"] = "failed"
+    else:
+        report["result"] = "incomplete" if any(gap.asked_for for gap in not_run) else "passed"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return report["result"]
 
 
 def main(config: Config) -> None:
@@ -242,39 +313,32 @@ def main(config: Config) -> None:
         raise SystemExit("gpu_check: this machine lacks\n" + "\n".join(f"  {what}" for what in missing))
     num_gpus = torch.cuda.device_count()
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-    report |= {"gpus": num_gpus, "torch": torch.__version__, "cuda": torch.version.cuda}
-    report |= {"python": platform.python_version()}
+    report |= {"gpus": num_gpus, **versions()}
     sanitizer = find_sanitizer(find_toolkit())
     not_run = gaps(config, sanitizer, num_gpus)
     outcomes: dict[str, Outcome] = {}
+
+    def keep(name: str, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        print(f"{name}: {'passed' if outcome.passed else 'FAILED'} ({outcome.summary})", flush=True)
+
     for name, (command, variables) in steps(config, sanitizer).items():
-        outcomes[name] = judge(*run(command, **variables), is_test="pytest" in command)
-        print(f"{name}: {'passed' if outcomes[name].passed else 'FAILED'} ({outcomes[name].summary})", flush=True)
+        keep(name, judge(*run(command, **variables), is_test="pytest" in command))
         if name == "build" and not outcomes[name].passed:
             break
-    report["outcomes"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
-    report["not run"] = [gap._asdict() for gap in not_run]
-    passed = all(outcome.passed for outcome in outcomes.values())
-    incomplete = [gap.what for gap in not_run if gap.asked_for]
-    report["result"] = "failed" if not passed else ("incomplete" if incomplete else "passed")
-    if config.rounds and passed:
-        import ait  # only now: the build has replaced its libraries
-
-        report["rates"], report["times"] = measure(config)
-        report["kernels"] = (ait.show_config("dicts") or {})["kernels"]  # what ran, after the comparison at first use
-        report["targets (H200)"] = verdicts(report["times"])
-        for verdict in report["targets (H200)"]:
-            sign = ">=" if verdict["at_least"] else "<="
-            print(f"target on an H200: {verdict['row']}: {verdict['quantity']} {sign} {verdict['limit']:g}: ", end="")
-            print("not measured" if verdict["met"] is None else f"{verdict['measured']:.4g}")
-    config.out.write_text(json.dumps(report, indent=1) + "\n")
+    if config.rounds and all(outcome.passed for outcome in outcomes.values()):
+        # Replaced below, unless the process ends before.
+        unfinished = Gap("times", "the process ended while they were measured", True)
+        write_report(config.out, report, outcomes, [*not_run, unfinished])
+        keep("times", outcome_of_times(config, report))
+    result = write_report(config.out, report, outcomes, not_run)
     for gap in not_run:
         print(f"not run: {gap.what} ({gap.reason})")
     print(f"report: {config.out.resolve()}")
-    missing_part = f": {', '.join(incomplete)} did not run" if report["result"] == "incomplete" else ""
-    print(f"gpu_check: {report['result']}{missing_part}")
-    if report["result"] != "passed":
-        raise SystemExit(1 if report["result"] == "failed" else 2)
+    incomplete = ", ".join(gap.what for gap in not_run if gap.asked_for)
+    print(f"gpu_check: {result}" + (f": {incomplete} did not run" if result == "incomplete" else ""))
+    if result != "passed":
+        raise SystemExit(1 if result == "failed" else 2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -133,7 +134,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     def run(command: list[str], **variables: str) -> tuple[int, str]:
         commands[" ".join(command)] = variables
-        return (0, "3 passed")
+        answers = {"git": "c0ffee+\n", "nvidia-smi": "580.12\n580.12\n"}
+        return (0, answers.get(command[0], "3 passed"))
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "missing_requirements", lambda config: [])
@@ -151,12 +153,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 def test_rows_are_timed_by_turns(fake_gpu: dict[str, object]) -> None:
-    def clock(function) -> float:
+    def clock(function, kernels) -> float:
         function()
         return 0.2 if fake_gpu["turns"][-1] == "ait" else 0.9  # type: ignore[index]
 
-    rates, rows = measure(Config(rounds=2), clock)
-    assert rates["bandwidth_bytes_per_second"] == 1e12
+    report: dict = {}
+    assert measure(Config(rounds=2), report, clock) == {}
+    assert report["rates"]["bandwidth_bytes_per_second"] == 1e12
+    rows = report["times"]
     assert set(rows) >= {"write, bfloat16", "write, float32"}
     row = rows["write, forward and backward, bfloat16"]
     assert row["ratio compiled"] == pytest.approx(4.5) and row["extra_bytes"] == 10e6
@@ -164,17 +168,24 @@ def test_rows_are_timed_by_turns(fake_gpu: dict[str, object]) -> None:
     assert fake_gpu["turns"][6:10] == ["ait", "compiled", "ait", "compiled"]  # type: ignore[index]
 
 
+def made_up_times(monkeypatch: pytest.MonkeyPatch, clock) -> None:
+    """What a clock says in place of a GPU's."""
+    inner = gpu_check.measure
+    monkeypatch.setattr(gpu_check, "measure", lambda config, report: inner(config, report, clock))
+
+
 def test_the_report_holds_versions_outcomes_times_and_targets(
     fake_gpu: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = gpu_check.measure
-    monkeypatch.setattr(gpu_check, "measure", lambda config: times(config, lambda function: 0.1))
+    made_up_times(monkeypatch, lambda function, kernels: 0.1)
     out = tmp_path / "report.json"
     main(Config(rounds=3, out=out))
     report = json.loads(out.read_text())
     assert report["result"] == "passed" and report["not run"] == []
     assert report["kernels"].keys() >= {"bottleneck_select", "hopfield_retrieve_backward"}
     assert report["gpu"] == "Card X" and report["torch"] == torch.__version__
+    assert report["driver"] == "580.12" and report["commit"] == "c0ffee+"
+    assert report["ait"] == importlib.import_module("ait").__version__
     assert all(outcome["passed"] for outcome in report["outcomes"].values())
     assert report["times"]["write, bfloat16"]["ait_us"] == pytest.approx(100.0)
     met = {(v["row"], v["quantity"]): v["met"] for v in report["targets (H200)"]}
@@ -213,3 +224,57 @@ def test_a_failed_step_ends_without_times_but_with_a_report(
     assert ending.value.code == 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["result"] == "failed" and not report["outcomes"]["tests"]["passed"] and "times" not in report
+
+
+def test_a_failure_while_timing_keeps_the_report_and_ends_with_1(
+    fake_gpu: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.json"
+    before = []
+
+    def clock(function, kernels) -> float:
+        if not before:
+            before.append(json.loads(out.read_text()))
+            raise RuntimeError("out of luck")
+        return 0.1
+
+    made_up_times(monkeypatch, clock)
+    with pytest.raises(SystemExit) as ending:
+        main(Config(rounds=3, out=out))
+    assert ending.value.code == 1
+    # A process that dies while it measures leaves a report, which claims no success.
+    assert before[0]["result"] == "incomplete" and before[0]["outcomes"]["tests"]["passed"]
+    assert [gap["what"] for gap in before[0]["not run"]] == ["times"]
+    report = json.loads(out.read_text())
+    assert report["result"] == "failed" and report["outcomes"]["tests"]["passed"] and report["not run"] == []
+    outcome = report["outcomes"]["times"]
+    assert outcome["passed"] is False and outcome["summary"] == "3 rows; write, bfloat16 failed"
+    assert outcome["output"].endswith("RuntimeError: out of luck\n")
+    # The other rows were measured all the same.
+    assert "write, bfloat16" not in report["times"] and len(report["times"]) == 3
+    met = {(v["row"], v["quantity"]): v["met"] for v in report["targets (H200)"]}
+    assert met["write, bfloat16", "ait_us"] is None and met["write, float32", "ait_us"] is True
+    assert capsys.readouterr().out.endswith("gpu_check: failed\n")
+
+
+def test_without_rates_nothing_is_timed_but_the_report_is_there(
+    fake_gpu: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_rates() -> tuple[float, dict[str, float]]:
+        raise torch.cuda.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(gpu_check, "measured_rates", no_rates)
+    with pytest.raises(SystemExit) as ending:
+        main(Config(rounds=3, out=tmp_path / "report.json"))
+    assert ending.value.code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["outcomes"]["times"]["summary"] == "0 rows; times failed" and report["times"] == {}
+    assert report["outcomes"]["tests"]["passed"] and "too large" in report["outcomes"]["times"]["output"]
+
+
+def test_versions_that_no_command_tells_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_check.told_by("no-such-command-anywhere") is None
+    monkeypatch.setattr(gpu_check, "run", lambda command: (9, "NVIDIA-SMI has failed"))
+    assert gpu_check.told_by("nvidia-smi") is None
+    monkeypatch.setattr(gpu_check, "run", lambda command: (0, ""))
+    assert gpu_check.told_by("git") is None
