@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ pytestmark = [
 LARGE = os.environ.get("AIT_GPU_SMALL_SHAPES") != "1"
 # The second lists half of all tokens, so that the dense path is taken; the last is the default shape.
 LARGE_ATTEND = [(256, 128, 8192, 768), (256, 4096, 8192, 256), (256, 512, 32768, 768)]
-ATTEND_SHAPES = [*attend_tests.SHAPES, *(LARGE_ATTEND if LARGE else [])]
+# Whose token gradient goes by slabs, the last of them broken, and whose products are the library's: small enough for
+# compute-sanitizer (tests/cuda_on_host/test_device_shapes.py holds them to it).
+SLAB_SHAPE, DENSE_SHAPE = (64, 256, 100, 500), (64, 3000, 100, 500)
+ATTEND_SHAPES = [*attend_tests.SHAPES, SLAB_SHAPE, DENSE_SHAPE, *(LARGE_ATTEND if LARGE else [])]
 SELECT_SHAPES = [*select_tests.SHAPES, *([(1, 64, 40_000, 48)] if LARGE else [])]
 HOPFIELD_SHAPES = [*hopfield_tests.SHAPES, *([(4096, 32, 768), (50, 700, 768)] if LARGE else [])]
 
@@ -126,6 +130,22 @@ def test_another_stream_than_the_default_one_is_used() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+def assert_a_graph_replays(run: Callable[[], tuple[Tensor, ...]], tokens: Tensor) -> None:
+    """A graph of ``run`` gives, for other values of ``tokens``, the bits of another call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    tokens.copy_(torch.randn(tokens.shape))
+    graph.replay()
+    for actual, expected in zip(captured, run(), strict=True):
+        assert_same_bits(actual.cpu(), expected.cpu())
+
+
 def test_operators_can_be_captured_in_a_graph() -> None:
     query, tokens = torch.randn(1, 16, 64, device="cuda"), torch.randn(3000, 64, device="cuda", dtype=torch.bfloat16)
     patterns = torch.randn(8, 64, device="cuda")
@@ -139,18 +159,20 @@ def test_operators_can_be_captured_in_a_graph() -> None:
         of_retrieval = torch.ops.ait.hopfield_retrieve_backward(out, tokens, patterns, taken, 0.1, 3)
         return values, indices, pooled, gates, out, *of_attention, *of_retrieval
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    tokens.copy_(torch.randn(3000, 64))
-    graph.replay()
-    for actual, expected in zip(captured, run(), strict=True):
-        assert_same_bits(actual.cpu(), expected.cpu())
+    assert_a_graph_replays(run, tokens)
+
+
+@pytest.mark.parametrize("shape", [SLAB_SHAPE, DENSE_SHAPE], ids=["slabs", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_on_either_path_can_be_captured_in_a_graph(dtype: torch.dtype, shape: tuple) -> None:
+    query, tokens, indices = (x.cuda() for x in attend_tests.sample_inputs(shape, dtype, torch.float32))
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = ait.ops.bottleneck_attend(query, tokens, indices)
+        saved = query, tokens, indices, *outputs[:2]
+        return *outputs, *torch.ops.ait.bottleneck_attend_backward(*outputs, *saved)
+
+    assert_a_graph_replays(run, tokens)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
