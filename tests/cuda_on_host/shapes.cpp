@@ -118,12 +118,17 @@ void check_slab_choice() {
   for (const DeviceLimits& device : kDevices) {
     const AttendPlan p = plan_attend(256, 512, 32768, 768, 4, device);
     EXPECT(p.slab_columns == (device.shared_bytes > 128 * 1024 ? 64 : 32));
-    EXPECT(prefers(256, 512, 32768, device));    // the default shape
-    EXPECT(prefers(64, 256, 100, device, 512));  // in ait/ops/_first_use.py
-    EXPECT(!prefers(8, 10, 20, device));         // one more launch costs more than it saves
-    EXPECT(!prefers(256, 4, 1024, device));      // the slabs are larger than what is gathered
+    EXPECT(prefers(256, 512, 32768, device));  // the default shape
+    EXPECT(!prefers(8, 10, 20, device));       // one more launch costs more than it saves
+    EXPECT(!prefers(256, 4, 1024, device));    // the slabs are larger than what is gathered
     EXPECT(plan_attend(2000, 512, 32768, 768, 4, device).slab_columns == 0);
     EXPECT(!prefers(2000, 512, 32768, device));
+    for (const int64_t value_size : {4, 8}) {  // in ait/ops/_first_use.py
+      const AttendPlan few = plan_attend(64, 320, 1030, 200, value_size, device);
+      EXPECT(prefers_slabs(few, value_size) && few.slabs == 4 && few.slab_ranges == 2);
+      EXPECT(few.parts == 4 && few.part_entries == 96);
+      EXPECT(!prefers_slabs(plan_attend(34, 9, 70, 20, value_size, device), value_size));
+    }
   }
 }
 

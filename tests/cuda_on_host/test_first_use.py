@@ -20,6 +20,8 @@ from .conftest import Case, Ending, build_broken, run_cases
 
 pytestmark = [needs_kernels, pytest.mark.xdist_group("cuda_on_host")]
 
+# With so many multiprocessors as slabs want for two ranges of tokens.
+SETTINGS = "1,232448,8,0,-1"
 COMPARE = """
 import warnings, torch, ait
 from tests.cuda_on_host.plugin import take_launches
@@ -51,12 +53,20 @@ assert replace_wrong_kernels(torch.device("cpu"), "CPU") == []
 
 
 def test_right_kernels_agree_with_the_reference(library: Path) -> None:
-    [(status, output)] = run_cases([Case(library, COMPARE)])
+    [(status, output)] = run_cases([Case(library, COMPARE, {"AIT_CUDA_ON_HOST": SETTINGS})])
     assert status == 0, output
     assert output.startswith("wrong: [] []"), output
-    # Selection: three dtypes, of one chunk and of several; the dense path of attention.
+    # Selection: four dtypes, of one chunk and of two, three for float64; the dense path of attention.
     products = re.search(r"products: (\d+)", output)
-    assert products and int(products.group(1)) == 9 + 5
+    assert products and int(products.group(1)) == 4 + 3 * 2 + 3 + 5
+
+
+@pytest.mark.parametrize("dtype", _first_use.TOLERANCE)
+def test_one_percent_is_told_from_rounding(dtype: torch.dtype) -> None:
+    expected = _first_use._numbers(500, step=0.7) / 50
+    right, off = (expected * (1 + 1e-12)).to(dtype), (expected * 1.01).to(dtype)
+    assert _first_use._close((right,), (expected,), _first_use.TOLERANCE[dtype])
+    assert not _first_use._close((off,), (expected,), _first_use.TOLERANCE[dtype])
 
 
 # Operator: what is broken on purpose, and what becomes of it.
@@ -67,8 +77,29 @@ BROKEN = {
         "sum = sum * factor + warp_sum(weight);",
         "sum = sum * factor + C(1.01) * warp_sum(weight);",
     ),
+    # What takes as many tokens as have two ranges, and as many rows as have two masks of a warp.
+    "slabs of bottleneck_attend": (
+        "bottleneck_attend_slab_kernel.h",
+        "const C gate = a.entry_gates[i], grad_logit = a.entry_grads[i];",
+        "C gate = a.entry_gates[i], grad_logit = a.entry_grads[i];\n gate *= range > 0 ? C(1.01) : C(1);",
+    ),
+    "many rows of bottleneck_attend": (
+        "bottleneck_attend_slab_kernel.h",
+        "a.entry_rows[place] = int(row);",
+        "a.entry_rows[place] = int(row % kWarpSize);",
+    ),
     "dense bottleneck_attend": ("bottleneck_attend_dense_kernel.h", "sum[i] = total;", "sum[i] = total * C(1.1);"),
     "hopfield_retrieve": ("hopfield_retrieve_tile.h", "row[m] = weight * scale;", "row[m] = weight * scale * C(1.01);"),
+    "whole tiles of hopfield_retrieve": (
+        "hopfield_retrieve_tile.h",
+        "x[i] = load_pack(source, (first + t) * tile.width + e);",
+        "x[i] = load_pack(source, (first + t) * tile.width + (column == 28 ? block : e));",
+    ),
+    "backward of hopfield_retrieve": (
+        "hopfield_retrieve_kernel.h",
+        "result = beta * weight * (grad - mean);",
+        "result = C(1.01) * beta * weight * (grad - mean);",
+    ),
 }
 
 
@@ -79,7 +110,8 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], E
     for what, slip in BROKEN.items():
         broken = build_broken(tmp_path_factory.mktemp("broken"), what.split()[-1], *slip)
         for required in ("0", "1"):
-            cases[what, required] = Case(broken, COMPARE, {"AIT_REQUIRE_KERNELS": required})
+            variables = {"AIT_REQUIRE_KERNELS": required, "AIT_CUDA_ON_HOST": SETTINGS}
+            cases[what, required] = Case(broken, COMPARE, variables)
     return dict(zip(cases, run_cases(list(cases.values())), strict=True))
 
 
