@@ -5,7 +5,7 @@ Environment variables:
   AIT_PURE_PYTHON=1       build nothing: the reference operators, in plain PyTorch, run instead
   AIT_CUDA=1 | 0          1: fail where no CUDA kernels can be built; 0: do not look for them
   TORCH_CUDA_ARCH_LIST    compute capabilities to build CUDA kernels for (default: those of this machine's GPUs that
-                          nvcc knows, else a list)
+                          are of 8.0 or newer and that nvcc knows, else a list)
   AIT_BUILD_CAPABILITIES  comma-separated subset of baseline,avx2,avx512,avx512_bf16,amx_bf16 (default: all that fit
                           the architecture); the last two add products of bfloat16 to avx512
   CXX, MAX_JOBS           compiler; number of parallel compile jobs

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# Below it a block has no more than 64 KiB of shared memory (7.0: 96 KiB), and selection asks for some more.
+OLDEST = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def _nvcc_version(nvcc: Path) -> str | None:
 def architectures(nvcc: Path | None = None) -> Architectures:
     """What to compile for.
 
-    The capabilities in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any that
-    ``nvcc`` compiles for a default list, of which an older ``nvcc`` compiles what it knows.
+    The capabilities in ``TORCH_CUDA_ARCH_LIST``; without it those of the GPUs of this machine; without any that the
+    kernels run on and ``nvcc`` compiles for a default list, of which an older ``nvcc`` compiles what it knows.
     """
     known = [] if nvcc is None else _listed_capabilities(nvcc)
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -145,14 +147,17 @@ def architectures(nvcc: Path | None = None) -> Architectures:
         return Architectures(_default_architectures(known))
     chosen, too_old = [], []
     for capability in sorted(seen):
-        older = [other for other in known if other < capability]
-        if not known or capability in known:
+        older = [other for other in known if OLDEST <= other < capability]
+        if capability >= OLDEST and (not known or capability in known):
             chosen.append(_name(capability))
         elif older:  # a GPU that this nvcc does not know yet: its driver compiles the PTX of the newest that it does
             chosen.append(f"{_name(max(older))}+PTX")
         else:
             too_old.append(_name(capability))
-    remark = f"none for this machine's GPUs of capability {', '.join(too_old)}, too old for this nvcc"
+    remark = (
+        f"none for this machine's GPUs of capability {', '.join(too_old)}, too old: "
+        f"the kernels need {_name(OLDEST)} or newer, and an nvcc that compiles for it"
+    )
     names = tuple(name for name in dict.fromkeys(chosen) if f"{name}+PTX" not in chosen)
     return Architectures(names or _default_architectures(known), remark if too_old else "")
 

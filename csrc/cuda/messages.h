@@ -43,7 +43,10 @@ inline std::string unsupported_device(const std::string& architectures, int devi
   return "ait: expected a device of compute capability " + architectures +
          ", for which the CUDA kernels were built, got " + place_text(device) + " of capability " +
          std::to_string(major) + "." + std::to_string(minor) +
-         "; build ait on this machine, or name the capability in TORCH_CUDA_ARCH_LIST";
+         (major < 8
+              ? "; the kernels need 8.0 or newer: build ait with AIT_CUDA=0, and the reference "
+                "operators run there"
+              : "; build ait on this machine, or name the capability in TORCH_CUDA_ARCH_LIST");
 }
 
 }  // namespace ait::cuda

@@ -73,10 +73,15 @@ void check_messages() {
   EXPECT(is_built_for("10.0f", 10, 3) && !is_built_for("9.0a or newer", 10, 0));
   EXPECT(!is_built_for("9.0", 10, 0) && !is_built_for("8.6", 8, 0) && !is_built_for("", 9, 0));
   EXPECT(
-      unsupported_device(usual, 1, 7, 5) ==
+      unsupported_device(usual, 1, 11, 0) ==
       "ait: expected a device of compute capability 8.0, 9.0, 10.0, 12.0 or newer, for which the "
-      "CUDA kernels were built, got cuda:1 of capability 7.5; build ait on this machine, or name "
+      "CUDA kernels were built, got cuda:1 of capability 11.0; build ait on this machine, or name "
       "the capability in TORCH_CUDA_ARCH_LIST");
+  EXPECT(
+      unsupported_device(usual, 0, 7, 5) ==
+      "ait: expected a device of compute capability 8.0, 9.0, 10.0, 12.0 or newer, for which the "
+      "CUDA kernels were built, got cuda:0 of capability 7.5; the kernels need 8.0 or newer: build "
+      "ait with AIT_CUDA=0, and the reference operators run there");
   EXPECT(wrong_device("op", "patterns", 1, 0) ==
          "op: expected patterns on cuda:1, got a tensor on cuda:0");
   EXPECT(wrong_device("op", "patterns", 1, -1) ==

@@ -235,13 +235,18 @@ def test_of_the_default_list_an_older_toolkit_builds_what_it_knows(
     assert setup_cuda.architectures(nvcc_that_lists(listed)) == setup_cuda.Architectures(expected)
 
 
-TOO_OLD = "none for this machine's GPUs of capability {}, too old for this nvcc"
+TOO_OLD = (
+    "none for this machine's GPUs of capability {}, too old: "
+    "the kernels need 8.0 or newer, and an nvcc that compiles for it"
+)
 
 
 @pytest.mark.parametrize(
     ("seen", "expected", "remark"),
     [
-        ([(9, 0), (7, 5)], ("7.5", "9.0"), ""),
+        # Turing, for which nvcc compiles, has too little shared memory for selection.
+        ([(9, 0), (7, 5)], ("9.0",), TOO_OLD.format("7.5")),
+        ([(7, 5)], DEFAULT, TOO_OLD.format("7.5")),
         ([(6, 0)], DEFAULT, TOO_OLD.format("6.0")),
         ([(9, 0), (6, 1), (6, 0)], ("9.0",), TOO_OLD.format("6.0, 6.1")),
         # Newer than nvcc: the driver compiles the PTX.
@@ -249,7 +254,7 @@ TOO_OLD = "none for this machine's GPUs of capability {}, too old for this nvcc"
         ([(10, 3), (8, 9), (8, 0)], ("8.0+PTX", "10.3"), ""),
     ],
 )
-def test_gpus_that_nvcc_does_not_know_stop_no_build(
+def test_gpus_that_are_too_old_or_that_nvcc_does_not_know_stop_no_build(
     seen: list[tuple[int, int]],
     expected: tuple[str, ...],
     remark: str,
@@ -284,6 +289,11 @@ def test_what_is_passed_over_is_said_in_the_line_of_the_build(source_copy: Path,
     [line] = [line for line in result.stdout.splitlines() if line.startswith("ait: building against torch")]
     assert TOO_OLD.format("6.0") in line and f"(passed over: {home} (no include/cuda_runtime.h)" in line
     assert TOO_OLD.format("6.0") in (source_copy / "ait" / "_build_info.py").read_text()
+
+
+def test_without_a_list_of_nvcc_gpus_that_are_too_old_are_known_too(gpus: Callable[..., None]) -> None:
+    gpus((7, 5), (8, 6))
+    assert setup_cuda.architectures() == setup_cuda.Architectures(("8.6",), TOO_OLD.format("7.5"))
 
 
 @pytest.mark.parametrize("asked", ["Hopper", "90", "9.0;x"])
