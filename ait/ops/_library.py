@@ -61,7 +61,7 @@ def why_no_cuda_kernels() -> str | None:
         running = f"that of CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return f"kernels built for the torch of CUDA {built_for}, and this torch is {running}; reinstall ait"
     if not cuda_library_path().exists():
-        return f"kernels missing ({cuda_library_path()})"
+        return f"kernels missing ({cuda_library_path()}); reinstall ait"
     return None
 
 
@@ -103,13 +103,26 @@ def _load() -> torch.library.Library:
 LIBRARY = _load()
 
 
+def _cure() -> str:
+    """What would give this torch the CUDA kernels that were not built, as the end of a sentence."""
+    from ait._build_info import BUILD_INFO
+
+    if BUILD_INFO.get("cuda_version") is not None or torch.version.cuda is None:
+        return ""
+    toolkit = f"a toolkit of CUDA {torch.version.cuda.split('.')[0]} (nvcc on the PATH, or CUDA_HOME)"
+    command = "AIT_CUDA=1 pip install --no-build-isolation ."
+    return f"; with {toolkit}, `{command}` in the source folder builds them"
+
+
 @functools.cache
 def _announce_reference(device_type: str) -> None:
     """Says once for each device type that the reference operators run there, and what would help."""
-    cure = f"ait has no kernels for device type '{device_type}'"
+    reason = f"ait has no kernels for device type '{device_type}'"
     if device_type == "cuda":
-        cure = f"{why_no_cuda_kernels() or 'this operator has no CUDA kernel'} (see ait.show_config())"
-    message = f"ait runs its reference operators, in plain PyTorch, on '{device_type}': {cure}"
+        missing = why_no_cuda_kernels()
+        reason = missing + _cure() if missing else "this operator has no CUDA kernel"
+        reason += " (see ait.show_config())"
+    message = f"ait runs its reference operators, in plain PyTorch, on '{device_type}': {reason}"
     if os.environ.get("AIT_REQUIRE_KERNELS") == "1":
         raise RuntimeError(message + "; AIT_REQUIRE_KERNELS=1 makes this an error")
     warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -122,6 +122,7 @@ def test_a_build_without_cuda_given_cuda_tensors_runs_the_reference_and_says_how
     monkeypatch.setattr(_library, "LIBRARY", registered)
     monkeypatch.setitem(BUILD_INFO, "cuda_version", None)
     monkeypatch.setitem(BUILD_INFO, "cuda", "not built: no CUDA toolkit found")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("AIT_REQUIRE_KERNELS", raising=False)
     if required:
         monkeypatch.setenv("AIT_REQUIRE_KERNELS", "1")
@@ -131,7 +132,10 @@ def test_a_build_without_cuda_given_cuda_tensors_runs_the_reference_and_says_how
         assert registered.key == "CompositeExplicitAutograd"  # every device without a kernel of its own
         with FakeTensorMode():
             arguments = torch.zeros(4, 8, device="cuda"), torch.zeros(3, 8, device="cuda"), 1.0, 1, 0.0
-            message = "reference operators.*on 'cuda': kernels not built: no CUDA toolkit found .see ait.show_config"
+            message = (
+                "reference operators.*on 'cuda': kernels not built: no CUDA toolkit found; with a toolkit of CUDA 13 .*"
+                "`AIT_CUDA=1 pip install --no-build-isolation .` in the source folder builds them .see ait.show_config"
+            )
             if required:
                 with pytest.raises(RuntimeError, match=message + ".*AIT_REQUIRE_KERNELS=1 makes this an error"):
                     registered.function(*arguments)
