@@ -31,6 +31,15 @@ struct Operands {
     part = transpose(part, 0, 1);
     return transpose(part, 1, 2);
   }
+
+  // Bytes of the copies that chunk() makes of a token.
+  int64_t converted_bytes() const {
+    const auto copied = [&](ScalarType from, ScalarType to) {
+      const int64_t size = to == ScalarType::Double ? 8 : to == ScalarType::Float ? 4 : 2;
+      return from == to ? 0 : size * tokens.size(1) * tokens.size(2);
+    };
+    return copied(tokens.scalar_type(), rounding) + copied(rounding, dtype);
+  }
 };
 
 Operands operands_of(const Launcher& launch, const Tensor& query, const Tensor& tokens,
@@ -83,7 +92,8 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
   std::optional<Tensor> mask;
   if (mask_in.has_value()) mask = as_contiguous(*mask_in);
   const int64_t value_size = dtype == ScalarType::Double ? 8 : 4;
-  const SelectPlan plan = plan_select(groups * rows * operands.terms, num_tokens, value_size);
+  const SelectPlan plan = plan_select(groups * rows * operands.terms, num_tokens, value_size,
+                                      operands.converted_bytes());
   // Two lists take turns as long as a chunk follows.
   Kept first(query_in, groups, plan.chunks > 1 ? rows : 0, kept, dtype);
   Kept second(query_in, groups, plan.chunks > 2 ? rows : 0, kept, dtype);

@@ -137,12 +137,13 @@ void check_slab_choice() {
   }
 }
 
-void check_select(int64_t rows, int64_t tokens, int64_t value_size) {
-  const SelectPlan p = plan_select(rows, tokens, value_size);
+void check_select(int64_t rows, int64_t tokens, int64_t value_size, int64_t converted) {
+  const SelectPlan p = plan_select(rows, tokens, value_size, converted);
   EXPECT(p.chunks * p.chunk_tokens >= tokens);
   EXPECT(tokens == 0 || (p.chunks - 1) * p.chunk_tokens < tokens);
   for (const DeviceLimits& device : kDevices) EXPECT(p.shared_bytes <= device.shared_bytes);
-  EXPECT(rows * p.chunk_tokens * value_size <= kSelectLogitBytes || p.chunk_tokens <= 64);
+  EXPECT((rows * value_size + converted) * p.chunk_tokens <= kSelectChunkBytes ||
+         p.chunk_tokens <= 64);
 }
 
 }  // namespace
@@ -163,8 +164,10 @@ int main() {
         check_attend(0, 0, tokens, width, device);
       }
       for (const int64_t rows : {1, 256, 768, 1'000'000}) {
-        check_select(rows, tokens, 4);
-        check_select(rows, tokens, 8);
+        for (const int64_t converted : {0, 768 * 4, 1'000'000}) {
+          check_select(rows, tokens, 4, converted);
+          check_select(rows, tokens, 8, converted);
+        }
       }
     }
   }
@@ -173,7 +176,8 @@ int main() {
   EXPECT(plan_hopfield(usual, 1, 1, kDevices[0]).in_shared);
   EXPECT(plan_hopfield({32768, 32, 768, 5, 4}, 3, 1, kDevices[0]).in_shared);
   EXPECT(!plan_hopfield({32768, 4096, 768, 1, 4}, 1, 1, kDevices[1]).in_shared);
-  EXPECT(plan_select(3 * 256, 32768, 4).chunks == 3);
+  EXPECT(plan_select(3 * 256, 32768, 4, 0).chunks == 3);
+  EXPECT(plan_select(256, 32768, 4, 768 * 4).chunks == 4);  // float16
   EXPECT(plan_attend(256, 512, 32768, 768, 4, kDevices[0]).parts == 1);
   check_dense_choice();
   check_slab_choice();

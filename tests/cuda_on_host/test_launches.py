@@ -36,9 +36,17 @@ query, patterns = torch.zeros(1, R, E), torch.zeros(M, E)
 DEFAULT_SHAPE = (
     PRELUDE
     + """
-for dtype, most in ((torch.bfloat16, 8), (torch.float32, 7)):
+# float16 is converted to float32, so its chunks are shorter.
+for dtype, selection_dtype, most in (
+    (torch.bfloat16, None, 8),
+    (torch.float32, None, 7),
+    (torch.float16, None, 9),
+    (torch.float32, torch.bfloat16, 7),
+):
     x = torch.zeros(T, E, dtype=dtype)
-    select_bytes, (_, indices) = peak_bytes(lambda: torch.ops.ait.bottleneck_select(query, x, k))
+    select_bytes, (_, indices) = peak_bytes(
+        lambda: torch.ops.ait.bottleneck_select(query, x, k, None, selection_dtype)
+    )
     attend_bytes, (pooled, gates, lse) = peak_bytes(lambda: torch.ops.ait.bottleneck_attend(query[0], x, indices[0]))
     forward = take_launches()
     saved = query[0], x, indices[0], pooled, gates
@@ -49,7 +57,7 @@ for dtype, most in ((torch.bfloat16, 8), (torch.float32, 7)):
     token_gradient = x.numel() * x.element_size()
     extra = max(select_bytes, kept + attend_bytes, kept + backward_bytes - token_gradient)
     assert extra <= 40e6, (dtype, extra)
-    print(dtype, len(forward), len(backward), extra)
+    print(dtype, selection_dtype, len(forward), len(backward), extra)
     print([tuple(launch) for launch in (*forward, *backward)])
 """
 )
