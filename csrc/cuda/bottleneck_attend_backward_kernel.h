@@ -232,7 +232,10 @@ __global__ void __launch_bounds__(kAttendThreads) attend_backward_tokens(AttendB
                 grad = load4(a.grad_pooled, at, p.width - e, a.query_aligned);
               }
 #pragma unroll
-              for (int c = 0; c < 4; ++c) sum[k][c] += gate * grad[c] + grad_logit * query[c];
+              for (int c = 0; c < 4; ++c) {
+                sum[k][c] += gate * grad[c];
+                sum[k][c] += grad_logit * query[c];
+              }
             }
           }
         }

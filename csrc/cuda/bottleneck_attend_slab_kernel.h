@@ -102,7 +102,10 @@ __global__ void __launch_bounds__(kAttendSlabThreads, 1)
       const Pack<C> query = queries.load4(row * p.slab_columns + column);
       const Pack<C> grad = grads.load4(row * p.slab_columns + column);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] += gate * grad[c] + grad_logit * query[c];
+      for (int c = 0; c < 4; ++c) {
+        sum[c] += gate * grad[c];
+        sum[c] += grad_logit * query[c];
+      }
     }
     store4(a.grad_tokens, t * p.width + e, p.width - e, a.aligned, sum);
   }

@@ -380,7 +380,10 @@ __global__ void __launch_bounds__(kHopfieldThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[i][c] += weight[i] * grad[c] + grad_logit[i] * x[c];
+      for (int c = 0; c < 4; ++c) {
+        sum[i][c] += weight[i] * grad[c];
+        sum[i][c] += grad_logit[i] * x[c];
+      }
     }
   };
   int64_t t = begin;

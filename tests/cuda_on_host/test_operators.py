@@ -137,6 +137,19 @@ def test_a_branch_for_the_host_alone_would_be_found() -> None:
     assert conditional_lines("  # if defined(__CUDACC__)\n#pragma unroll\n") == ["  # if defined(__CUDACC__)"]
 
 
+TWO_PRODUCTS = r"\+=[^;,]*\*[^;,]*[+-][^;,]*\*[^;,]*;"
+
+
+def test_two_products_in_one_sum_would_be_found() -> None:
+    assert re.findall(TWO_PRODUCTS, "sum[c] += gate * grad[c] +\n  grad_logit * query[c];")
+    assert not re.findall(TWO_PRODUCTS, "sum += a * b; sum += c * d; e = a * b + c * d; sum += t[i * n + m];")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cuda").glob("*_*.h")), ids=lambda path: path.name)
+def test_products_are_added_one_by_one_so_that_kernels_agree_in_what_is_fused(path: Path) -> None:
+    assert re.findall(TWO_PRODUCTS, re.sub(r"\[[^\[\]]*\]", "", path.read_text())) == []
+
+
 # What waits for the device, allocates beside torch's cache, or hands a value to the host: none of it can be captured.
 WAITING = r"cuda\w*Synchronize|cudaMalloc|cudaFree|cudaMemcpy|cudaEvent|StreamQuery|\.item|local_scalar|const_data_ptr<"
 
