@@ -133,7 +133,7 @@ class Recorder(contextlib.AbstractContextManager[Trace]):
             always_write=check_choice(name, "write", write, WRITES) == "always",
             energy_steps=energy_steps,
             keep_tokens=keep_tokens,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else _as_device(name, device),
             detach=detach,
         )
         self.trace = Trace(type(self.model).__name__)
@@ -272,6 +272,13 @@ class Recorder(contextlib.AbstractContextManager[Trace]):
 
     def _add(self, register: Callable[..., RemovableHandle], hook: Callable[..., None], **options: bool) -> None:
         self._handles.append(register(_Hook(hook), **options))
+
+
+def _as_device(name: str, device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise op_error(name, "device to be one of torch's, such as 'cpu'", repr(device)) from error
 
 
 class _Hook:

@@ -53,6 +53,8 @@ def test_layers_that_do_not_exist(layers: Any) -> None:
         (dict(max_passes=0), "max_passes >= 1"),
         (dict(energy_steps=-1), "energy_steps >= 1"),
         (dict(energy_steps=2.0), "energy_steps to be an integer"),
+        (dict(device="nope"), "device to be one of torch's, such as 'cpu', got 'nope'"),
+        (dict(device=1.5), "device to be one of torch's, such as 'cpu', got 1.5"),
         (dict(layers=0, attention=True), "layers=None with attention=True"),
     ],
     ids=str,
