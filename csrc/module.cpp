@@ -21,7 +21,7 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 std::tuple<Array<float>, Array<int64_t>> bottleneck_select_tiled(
     const Array<float>& query, const Array<float>& tokens, int64_t k,
-    const std::optional<Array<bool>>& mask, int64_t tile, int64_t ranges) {
+    const std::optional<Array<bool>>& mask, int64_t tile, int64_t ranges, bool screened) {
   if (query.ndim() != 2 || tokens.ndim() != 2 || query.shape(1) != tokens.shape(1) || k < 1 ||
       (mask && (mask->ndim() != 1 || mask->shape(0) != tokens.shape(0)))) {
     throw std::invalid_argument(
@@ -35,7 +35,7 @@ std::tuple<Array<float>, Array<int64_t>> bottleneck_select_tiled(
   const bool* masked = mask ? mask->data() : nullptr;
   ait::cpu::bottleneck_select_tiled(
       query.data(), tokens.data(), reinterpret_cast<const uint8_t*>(masked), rows, num_tokens,
-      query.shape(1), k, tile, ranges, values.mutable_data(), indices.mutable_data());
+      query.shape(1), k, tile, ranges, screened, values.mutable_data(), indices.mutable_data());
   return {values, indices};
 }
 
@@ -55,8 +55,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bottleneck_select_tiled", &bottleneck_select_tiled, py::arg("query"), py::arg("tokens"),
       py::arg("k"), py::arg("mask") = py::none(), py::arg("tile"), py::arg("ranges"),
+      py::arg("screened") = false,
       "bottleneck_select of query (R, d) and tokens (T, d), float32, with `tile` tokens loaded at "
-      "a time and the tokens split into `ranges` ranges: the same bits for all of them.");
+      "a time and the tokens split into `ranges` ranges: the same bits for all of them. `screened` "
+      "behind products of bfloat16, where the processor's tiles multiply them.");
   m.def("path_counters", &ait::path_counters,
         "How often the kernels took each of their paths since the last reset.");
   m.def("reset_path_counters", &ait::reset_path_counters, "Sets all path counters to 0.");

@@ -18,6 +18,9 @@ constexpr const char* kNames[] = {
     "select_masked_calls",
     "select_bfloat16_calls",
     "select_elementwise_calls",
+    "select_screened_calls",
+    "select_logits_let_through",
+    "select_crowded_tiles",
 };
 static_assert(std::size(kNames) == size_t(Path::count));
 

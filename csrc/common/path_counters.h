@@ -17,10 +17,13 @@ enum class Path {
   select_cuts_in_ties,  // of them, those that had to leave out some of several equal logits
   select_closed_rows,   // rows with k NaNs, which take no more
   select_tiles_in_place,
-  select_tiles_copied,       // converted, rounded, or gathered around masked tokens
-  select_masked_calls,       // calls with a mask
-  select_bfloat16_calls,     // calls with products of bfloat16
-  select_elementwise_calls,  // calls with ready logits: one row a group, width 1
+  select_tiles_copied,        // converted, rounded, or gathered around masked tokens
+  select_masked_calls,        // calls with a mask
+  select_bfloat16_calls,      // calls with products of bfloat16
+  select_elementwise_calls,   // calls with ready logits: one row a group, width 1
+  select_screened_calls,      // calls in float32 behind products of bfloat16
+  select_logits_let_through,  // of them, logits that were computed in float32
+  select_crowded_tiles,       // tiles of which many were let through
   count,
 };
 

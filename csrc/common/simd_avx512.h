@@ -135,6 +135,13 @@ struct BFloat16Pairs {
 AIT_INLINE Vec<float> fmadd(BFloat16Pairs a, BFloat16Pairs b, Vec<float> c) {
   return {_mm512_dpbf16_ps(c.raw, a.raw, b.raw)};
 }
+
+// Stores x as operands of such products, subnormal numbers as 0; returns what was stored.
+AIT_INLINE Vec<float> store_as_operand(Vec<float> x, BFloat16* p) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh(x.raw);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
 #endif
 
 // The larger (smaller) of both; b where either is NaN.

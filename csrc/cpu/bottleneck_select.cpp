@@ -42,6 +42,24 @@ const SelectKernels<float>* bfloat16_kernels() {
   }
 }
 
+// Null where no processor's tiles multiply bfloat16.
+const SelectKernels<float>* screened_kernels() {
+#ifdef AIT_BUILD_AMX_BF16
+  if (bfloat16_products() == Bfloat16Products::amx_bf16) {
+    return &amx_bf16::bottleneck_select_screened_kernels;
+  }
+#endif
+  return nullptr;
+}
+
+// Where few logits can be among the k largest, and products are most of the work; the widest keep
+// the roundings small beside what a bound on them allows. The order of sums, and so their last
+// bits, follow from this: it must look at the shape alone.
+bool worth_screening(const SelectProblem& problem) {
+  return problem.rounding == Storage::float32 && !problem.elementwise && problem.num_rows >= 64 &&
+         problem.width >= 64 && problem.width <= 1 << 16 && problem.num_tokens / problem.k >= 48;
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // How the rows of a group and the tokens are split into tasks.
@@ -58,27 +76,32 @@ Partition split(const SelectProblem& problem, int64_t block_rows, int64_t ranges
 }
 
 // What a thread does for one task, in multiply-adds: products, loading of the tokens, and filling
-// the lists, where each of some 3 k entries costs about as much as 800 multiply-adds.
-double work_per_task(const SelectProblem& problem, const Partition& partition) {
+// the lists with some 3 k entries each.
+template <typename C>
+double work_per_task(const SelectKernels<C>& kernel, const SelectProblem& problem,
+                     const Partition& partition) {
   const double tokens = double(partition.range_tokens), rows = double(partition.block_rows);
   const double entries = rows * std::min(3 * double(problem.k), tokens);
-  return tokens * (rows + 8) * double(problem.width + 1) + 800 * entries;
+  const double width = double(problem.width + 1);
+  return tokens * (rows + double(kernel.load_cost)) * width +
+         entries * (800 + double(kernel.entry_cost) * width);
 }
 
 // Blocks are as large as possible, since every block loads all tokens, unless threads would idle;
 // ranges are few, since each fills lists of its own. The result does not depend on the choice.
-Partition choose_partition(const SelectProblem& problem, int64_t rows_per_panel) {
+template <typename C>
+Partition choose_partition(const SelectKernels<C>& kernel, const SelectProblem& problem) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panels = divide_up(problem.num_rows, rows_per_panel);
+  const int64_t panels = divide_up(problem.num_rows, kernel.rows_per_panel);
   const int64_t fewest_blocks = divide_up(problem.num_rows, kMaxBlockRows);
   Partition best{};
   double least_time = 0;
   for (int64_t blocks = fewest_blocks; blocks <= panels; ++blocks) {
-    const int64_t block_rows = divide_up(panels, blocks) * rows_per_panel;
+    const int64_t block_rows = divide_up(panels, blocks) * kernel.rows_per_panel;
     for (int64_t ranges = 1; ranges == 1 || ranges <= problem.num_tokens / 1024; ++ranges) {
       const Partition partition = split(problem, block_rows, ranges);
       const int64_t tasks = problem.num_groups * partition.blocks * partition.ranges;
-      const double work = work_per_task(problem, partition);
+      const double work = work_per_task(kernel, problem, partition);
       const double time = double(divide_up(tasks, num_slots(tasks, work))) * work;
       if (best.blocks == 0 || time < least_time) {
         best = partition;
@@ -96,11 +119,11 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
          C* values, int64_t* indices) {
   const int64_t blocks = problem.num_groups * partition.blocks, ranges = partition.ranges;
   const int64_t tasks = blocks * ranges;
-  const int64_t slots = num_slots(tasks, work_per_task(problem, partition));
+  const int64_t slots = num_slots(tasks, work_per_task(kernel, problem, partition));
 
-  // A list that holds twice k is cut when the best k of all that was seen has half been replaced.
+  // A longer list is cut more rarely, and lets more pass until it is.
   // Lists a multiple of 1 KiB apart would compete for the same cache sets.
-  int64_t capacity = problem.k + std::max(problem.k, int64_t{64});
+  int64_t capacity = problem.k + std::max(problem.k / 2, int64_t{64});
   capacity = divide_up(std::min(capacity, partition.range_tokens), 16) * 16;
   capacity += capacity % 256 == 0 ? 16 : 0;
 
@@ -144,6 +167,8 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
     count_path(Path::select_closed_rows, statistics.closed_rows);
     count_path(Path::select_tiles_in_place, statistics.tiles_in_place);
     count_path(Path::select_tiles_copied, statistics.tiles_copied);
+    count_path(Path::select_logits_let_through, statistics.logits_let_through);
+    count_path(Path::select_crowded_tiles, statistics.crowded_tiles);
     if (ranges == 1) collect(task, candidates);
   });
   if (ranges > 1) {
@@ -223,8 +248,8 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
   }
   const auto run_with = [&]<typename C>(const SelectKernels<C>& kernel) {
     problem.tile_tokens = default_tile_tokens(problem, kernel.tokens_per_step, kernel.element_size);
-    run(kernel, problem, choose_partition(problem, kernel.rows_per_panel),
-        values.mutable_data_ptr<C>(), indices.mutable_data_ptr<int64_t>());
+    run(kernel, problem, choose_partition(kernel, problem), values.mutable_data_ptr<C>(),
+        indices.mutable_data_ptr<int64_t>());
   };
   const SelectKernels<float>* bfloat16 = bfloat16_kernels();
   if (dtype == ScalarType::Double) {
@@ -232,6 +257,9 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
   } else if (rounding == ScalarType::BFloat16 && bfloat16 != nullptr && !problem.elementwise) {
     run_with(*bfloat16);
     count_path(Path::select_bfloat16_calls);
+  } else if (screened_kernels() != nullptr && worth_screening(problem)) {
+    run_with(*screened_kernels());
+    count_path(Path::select_screened_calls);
   } else {
     run_with(kernels().float32);
   }
@@ -242,13 +270,17 @@ std::tuple<Tensor, Tensor> bottleneck_select(const Tensor& query_in, const Tenso
 
 void bottleneck_select_tiled(const float* query, const float* tokens, const uint8_t* mask,
                              int64_t num_rows, int64_t num_tokens, int64_t width, int64_t k,
-                             int64_t tile_tokens, int64_t ranges, float* values, int64_t* indices) {
+                             int64_t tile_tokens, int64_t ranges, bool screened, float* values,
+                             int64_t* indices) {
   if (num_rows < 0 || num_tokens < 0 || num_tokens > INT32_MAX || width < 0 || k < 1 ||
       tile_tokens < 1 || ranges < 1) {
     throw std::invalid_argument("bottleneck_select_tiled: sizes out of range");
   }
+  if (screened && (screened_kernels() == nullptr || width > 1 << 16)) {
+    throw std::invalid_argument("bottleneck_select_tiled: cannot be screened here");
+  }
   if (num_rows == 0 || num_tokens == 0) return;
-  const SelectKernels<float>& kernel = kernels().float32;
+  const SelectKernels<float>& kernel = screened ? *screened_kernels() : kernels().float32;
   const SelectProblem problem{query,
                               tokens,
                               mask,

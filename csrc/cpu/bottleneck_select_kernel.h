@@ -11,8 +11,8 @@
 // joined in the end.
 //
 // Every logit is one chain of multiply-adds over d, in ascending order (of pairs or of 32, where
-// bfloat16 is multiplied), and selection is exact: neither depends on tiles, blocks, ranges or
-// threads.
+// bfloat16 is multiplied; of each lane, where a selection is screened), and selection is exact:
+// neither depends on tiles, blocks, ranges or threads.
 #pragma once
 
 #include <common/cpu_capability.h>
@@ -83,6 +83,8 @@ struct SelectStatistics {
   int64_t closed_rows;   // rows that have k NaNs, so that nothing more can enter
   int64_t tiles_in_place;
   int64_t tiles_copied;
+  int64_t logits_let_through;  // computed in float32 after products of bfloat16
+  int64_t crowded_tiles;       // of which many logits were let through
 };
 
 template <typename C>
@@ -90,6 +92,9 @@ struct SelectKernels {
   int64_t rows_per_panel;   // rows of a block come in multiples of this without waste
   int64_t tokens_per_step;  // tokens of a tile likewise
   int64_t element_size;     // bytes of an element of a tile
+  // What takes about as long as so many products of a token and a row: loading a token, and what an
+  // entry of a list costs beside its product.
+  int64_t load_cost, entry_cost;
   // Bytes of scratch memory, aligned to 64, that scan() needs for a block of num_rows rows.
   int64_t (*scratch_bytes)(const SelectProblem&, int64_t num_rows);
   // Fills the lists of the task's range, at most k entries each.
@@ -115,6 +120,8 @@ extern const SelectKernels<float> bottleneck_select_bf16_kernels;
 namespace amx_bf16 {
 // 32 products at a time: those of even and of odd i in two sums, which are then added.
 extern const SelectKernels<float> bottleneck_select_bf16_kernels;
+// Logits in float32, computed only where those in bfloat16 do not say that they are too small.
+extern const SelectKernels<float> bottleneck_select_screened_kernels;
 }  // namespace amx_bf16
 
 }  // namespace ait::cpu

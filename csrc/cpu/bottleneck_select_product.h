@@ -121,21 +121,34 @@ class Prefetcher {
 
 #if defined(__AMX_BF16__)
 
-// multiply(), below, on tile registers: sums of 16 tokens and 16 rows at once.
+// A part of multiply(), below, on tile registers: sums of 16 tokens and 16 rows at once. Adds the
+// products from `begin` to `end` of the width to what the parts before have stored.
 template <int kVectors>
-void multiply_tiles(const BFloat16* panel, const BFloat16* tile, int64_t tile_stride, int64_t width,
-                    Prefetcher& next, float* logits) {
+__attribute__((noinline)) void multiply_tiles(const BFloat16* panel, const BFloat16* tile,
+                                              int64_t tile_stride, int64_t begin, int64_t end,
+                                              Prefetcher& next, float* logits) {
   constexpr int64_t kRow = kTileRows * 2 * kVectors;  // of the panel: a pair of all its rows
+  constexpr int64_t logit_bytes = kVectors * kTileRows * int64_t(sizeof *logits);
   const int64_t token_bytes = tile_stride * int64_t(sizeof *tile);
   const BFloat16* lower = tile + kTileRows * tile_stride;
-  const int64_t next_logits = kTileRows * kVectors * kTileRows;
+  float* lower_logits = logits + kTileRows * kVectors * kTileRows;
+  panel += begin / 2 * kRow;
   // The intrinsics do not tell the compiler that they read memory.
   __asm__ volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < width; i += kTileDepth, panel += kTileDepth / 2 * kRow) {
+  if (begin == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, logits, logit_bytes);
+    _tile_loadd(1, lower_logits, logit_bytes);
+    if constexpr (kVectors == 2) {
+      _tile_loadd(2, logits + kTileRows, logit_bytes);
+      _tile_loadd(3, lower_logits + kTileRows, logit_bytes);
+    }
+  }
+  for (int64_t i = begin; i < end; i += kTileDepth, panel += kTileDepth / 2 * kRow) {
     next.step();
     _tile_loadd(4, tile + i, token_bytes);
     _tile_loadd(5, lower + i, token_bytes);
@@ -148,13 +161,13 @@ void multiply_tiles(const BFloat16* panel, const BFloat16* tile, int64_t tile_st
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  constexpr int64_t logit_bytes = kVectors * kTileRows * int64_t(sizeof *logits);
   _tile_stored(0, logits, logit_bytes);
-  _tile_stored(1, logits + next_logits, logit_bytes);
+  _tile_stored(1, lower_logits, logit_bytes);
   if constexpr (kVectors == 2) {
     _tile_stored(2, logits + kTileRows, logit_bytes);
-    _tile_stored(3, logits + next_logits + kTileRows, logit_bytes);
+    _tile_stored(3, lower_logits + kTileRows, logit_bytes);
   }
+  __asm__ volatile("" ::: "memory");
 }
 
 #endif
@@ -166,7 +179,7 @@ template <typename C, typename E, int kVectors>
 __attribute__((noinline)) void multiply(const E* panel, const E* tile, int64_t tile_stride,
                                         int64_t width, Prefetcher& next, C* logits) {
 #if defined(__AMX_BF16__)
-  multiply_tiles<kVectors>(panel, tile, tile_stride, width, next, logits);
+  multiply_tiles<kVectors>(panel, tile, tile_stride, 0, width, next, logits);
 #else
   using Op = Operand<E>;
   using V = Vec<C>;
