@@ -12,9 +12,9 @@ import baselines
 import torch
 import torch._functorch.config
 from limits import fresh_pages, read_all, retrieval_flops
-from peak_memory import peak_bytes
+from peak_memory import in_own_process, select_extra_bytes, write_extra_bytes
 from table import Limit, Row, Target, gflops, gigabytes
-from timing import Spread, by_turns
+from timing import LARGE_RESULTS, Spread, by_turns
 from workloads import Problem, Shape, distributions, training_step
 
 import ait
@@ -118,7 +118,7 @@ def write(config: Config) -> Iterator[Row]:
     writes |= compiled("published", baselines.published_write, config)
     functions = {"P": lambda: run_fma_peak(flops), "ours forward": problem.forward(baselines.ours_write)}
     functions |= {name: problem.forward_and_backward(write) for name, write in writes.items()}
-    rounds = by_turns(functions, config.rounds)
+    rounds = by_turns(functions, config.rounds, touched_bytes=LARGE_RESULTS)
     speed = gflops(flops, rounds.time("ours forward").median)
     target = Target("<=", 1.65, 1.35)
     limit = Limit("P", rounds.ratio("P", "ours forward"))
@@ -170,7 +170,8 @@ def hopfield(config: Config) -> Iterator[Row]:
                 flops = retrieval_flops(tokens, dim, slots, steps, backward=way != "")
                 functions[f"products{way}"] = partial(run_fma_peak, flops)
             functions["pages"] = partial(fresh_pages, state.nbytes)
-            rounds, others = by_turns(functions, config.rounds), [name for name in retrievals if name != "ours"]
+            rounds = by_turns(functions, config.rounds, touched_bytes=LARGE_RESULTS)
+        others = [name for name in retrievals if name != "ours"]
         for way, target in gates.items():
             best, own = rounds.fastest(*[name + way for name in others]), f"ours{way}"
             rounds = rounds.with_sum(f"limit{way}", f"products{way}", "pages")
@@ -227,25 +228,16 @@ def models(config: Config) -> Iterator[Row]:
 def memory(config: Config) -> Iterator[Row]:
     """Megabytes at the peak beyond inputs, outputs and the gradient of the tokens."""
     shape = Shape(tokens=config.tokens)
-    problem = Problem(shape)
-    run = problem.forward_and_backward(baselines.ours_write)
-    yield from _extra_megabytes("write, both ways", run, problem.tokens.nbytes, Target("<=", 40), str(shape))
-    query, tokens = torch.randn(1, 256, 64), torch.randn(1 << 20, 64)
-    outputs = 256 * 512 * (4 + 8)
-    shown = "T=1048576 E=64 R=256 k=512"
-    yield from _extra_megabytes(
-        "bottleneck_select", lambda: bottleneck_select(query, tokens, 512), outputs, Target("<=", 64), shown
-    )
+    extra = in_own_process(write_extra_bytes, shape, torch.get_num_threads())
+    yield from _megabytes("write, both ways", extra, Target("<=", 40), str(shape))
+    shape = Shape(tokens=1 << 20, dim=64)
+    extra = in_own_process(select_extra_bytes, shape, torch.get_num_threads())
+    yield from _megabytes("bottleneck_select", extra, Target("<=", 64), "T=1048576 E=64 R=256 k=512")
 
 
-def _extra_megabytes(
-    what: str, function: Callable[[], object], own_bytes: int, target: Target, shape: str
-) -> Iterator[Row]:
-    peak = peak_bytes(function)
-    if peak is None:
-        return
-    extra = (peak - own_bytes) / 1e6
-    yield Row(f"extra memory, {what} (MB)", Spread(extra, extra, extra), target, shape=shape)
+def _megabytes(what: str, extra: int | None, target: Target, shape: str) -> Iterator[Row]:
+    if extra is not None:
+        yield Row(f"extra memory, {what} (MB)", Spread.of([extra / 1e6]), target, shape=shape)
 
 
 def long(config: Config) -> Iterator[Row]:

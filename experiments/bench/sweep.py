@@ -19,7 +19,7 @@ import baselines
 import torch
 import tyro
 from operators import headline, machine
-from timing import Spread, by_turns
+from timing import LARGE_RESULTS, Spread, by_turns
 from workloads import Problem, Shape
 
 from ait._C import run_fma_peak
@@ -67,6 +67,7 @@ def measure(shape: Shape, rounds: int) -> Point:
             "limit": lambda: run_fma_peak(shape.product_flops),
         },
         rounds,
+        touched_bytes=LARGE_RESULTS,
     )
     seconds = {name: dataclasses.asdict(timed.time(name)) for name in STYLES}
     return {"seconds": seconds, "ratios": {name: dataclasses.asdict(timed.ratio(name, "ait")) for name in STYLES}}

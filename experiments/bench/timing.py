@@ -7,6 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from limits import fresh_pages
+
+# As much as a large function of the benchmark takes from the system at a time (the batched write, both ways).
+LARGE_RESULTS = 256 << 20
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -58,9 +63,17 @@ class Rounds:
 
 
 def by_turns(
-    functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, alternating: bool = True
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    alternating: bool = True,
+    touched_bytes: int = 0,
 ) -> Rounds:
     """Runs all functions once a round.
+
+    A virtual machine may give memory that has been free for some seconds back to its host (free page reporting). The
+    next to touch it waits for the host: on one machine 0.5 GB/s instead of 10. Large results are fresh memory in every
+    call, so a slow function would lengthen the time of the one after it; ``touched_bytes`` keeps that out.
 
     Args:
         functions: what to time, by name.
@@ -68,6 +81,9 @@ def by_turns(
         warm_up: rounds before, which are not timed (compilers, caches, allocators).
         alternating: every second round in reverse order (``A B B A ...``), so that no function always has the same
             one before it; else ``A B A B ...``, where what the one before leaves in the cache matters.
+        touched_bytes: memory to take from the system, touch and give back before each call, outside its time: what the
+            call then takes is memory that the machine has. It empties the caches; none by default, which is right where
+            results are small.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warm_up + rounds):
@@ -75,6 +91,8 @@ def by_turns(
         if alternating and round_index % 2 == 1:
             order.reverse()
         for name in order:
+            if touched_bytes > 0:
+                fresh_pages(touched_bytes)
             start = time.perf_counter()
             functions[name]()
             elapsed = time.perf_counter() - start

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+import sections
 import sweep
+import timing
 import torch
 from baselines import batched_write, gram_retrieve, ours_write, plain_retrieve, published_write
 from limits import EXP_FLOPS, fresh_pages, read_all, retrieval_flops
-from peak_memory import peak_bytes
+from peak_memory import in_own_process, peak_bytes, select_extra_bytes, write_extra_bytes
 from sections import SECTIONS, Config
 from table import Limit, Row, Target
-from timing import Rounds, Spread, by_turns
+from timing import LARGE_RESULTS, Rounds, Spread, by_turns
 from workloads import Shape, distributions
 
 from ait.nn.writer import BottleneckWriter
@@ -67,6 +70,40 @@ def test_by_turns_keeps_its_order_on_request():
     calls: list[str] = []
     by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, warm_up=1, alternating=False)
     assert calls == ["a", "b"] * 3
+
+
+def test_memory_is_touched_before_each_call_and_outside_its_time(monkeypatch):
+    calls: list[object] = []
+
+    def touch(num_bytes: int) -> None:
+        calls.append(num_bytes)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(timing, "fresh_pages", touch)
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    rounds = by_turns(functions, rounds=1, warm_up=1, touched_bytes=64)
+    assert calls == [64, "a", 64, "b", 64, "b", 64, "a"]
+    assert max(rounds.seconds["a"] + rounds.seconds["b"]) < 0.05
+    calls.clear()
+    by_turns(functions, rounds=1, warm_up=0)
+    assert calls == ["a", "b"]
+
+
+@pytest.mark.parametrize("section", ["write", "hopfield", "select", "small", "long"])
+def test_only_sections_of_large_results_touch_memory_before_a_call(section, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    touched: list[int] = []
+
+    def by_turns_stopped(*args: object, touched_bytes: int = 0, **kwargs: object) -> None:
+        touched.append(touched_bytes)
+        raise Stop
+
+    monkeypatch.setattr(sections, "by_turns", by_turns_stopped)
+    with pytest.raises(Stop):
+        next(SECTIONS[section](Config(tokens=1024, compile=False)))
+    assert touched == [LARGE_RESULTS if section in ("write", "hopfield") else 0]
 
 
 def test_ratio_is_taken_within_each_round():
@@ -131,6 +168,16 @@ def test_peak_memory_counts_what_is_freed_before_the_end():
     if peak is None:
         pytest.skip("needs Linux's /proc/self/clear_refs")
     assert 120 << 20 < peak < 160 << 20
+
+
+@pytest.mark.parametrize("measure", [write_extra_bytes, select_extra_bytes])
+def test_memory_is_what_the_lists_and_the_balance_loss_take(measure):
+    shape = Shape(tokens=8192, dim=256, k=512)
+    extra = in_own_process(measure, shape, 1)
+    if extra is None:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    lists = 128 * 2 * 512 * (4 + 4)  # at least one block of rows, twice k candidates each
+    assert lists < extra < 16 << 20
 
 
 def test_hard_distributions_are_what_their_names_say():
