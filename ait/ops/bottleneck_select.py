@@ -37,9 +37,9 @@ def bottleneck_select(
             float64 tokens) either way. On CPUs with AMX or AVX512-BF16, bfloat16 operands are multiplied as they
             are: float32 sums in another order, where subnormal numbers count as zero, so that other processors may
             give other logits in the last bits, and another choice between two that are as close. With AMX, large
-            selections in float32 (``R`` and ``d`` from 64, ``T`` from ``48 k``) compute only those logits that products
-            of bfloat16 cannot rule out: exact, with an order of sums of their own. ``AIT_BFLOAT16_PRODUCTS=none`` in
-            the environment does without both.
+            selections in float32 (``R`` and ``d`` from 64, ``T`` from 2,048 and ``48 k``) compute only those logits
+            that products of bfloat16 cannot rule out: exact, with an order of sums of their own.
+            ``AIT_BFLOAT16_PRODUCTS=none`` in the environment does without both.
 
     Returns:
         ``values (G, R, min(k, T))``, the logits, float32 or float64, and ``indices`` of the same shape, int64,

@@ -57,7 +57,8 @@ const SelectKernels<float>* screened_kernels() {
 // bits, follow from this: it must look at the shape alone.
 bool worth_screening(const SelectProblem& problem) {
   return problem.rounding == Storage::float32 && !problem.elementwise && problem.num_rows >= 64 &&
-         problem.width >= 64 && problem.width <= 1 << 16 && problem.num_tokens / problem.k >= 48;
+         problem.width >= 64 && problem.width <= 1 << 16 && problem.num_tokens >= 2048 &&
+         problem.num_tokens / problem.k >= 48;
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }

@@ -179,7 +179,9 @@ def test_the_operator_screens_where_few_are_selected(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize(
-    ("shape", "k"), [((1, 63, 5000, 96), 60), ((1, 70, 5000, 63), 60), ((1, 70, 5000, 96), 105)], ids=str
+    ("shape", "k"),
+    [((1, 63, 5000, 96), 60), ((1, 70, 5000, 63), 60), ((1, 70, 5000, 96), 105), ((1, 70, 2047, 96), 1)],
+    ids=str,
 )
 def test_the_operator_does_not_screen_where_it_does_not_pay(shape: tuple[int, int, int, int], k: int) -> None:
     query, tokens = sample_inputs(shape)
