@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -28,25 +28,27 @@ def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, 
         ``(2, S, T)``: importance, differentiable in ``gates``, and load, which is not. float64 (float32 on MPS,
         which has nothing wider).
     """
-    num_rows = gates.shape[0]
-    slots_per_head = num_rows // num_heads
+    return _sums(gates, None if indices is None else indices.clamp(min=0), num_tokens, num_heads)
+
+
+def _sums(gates: Tensor, indices: Tensor | None, num_tokens: int, num_heads: int) -> Tensor:
+    slots_per_head = gates.shape[0] // num_heads
     wide = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
-    value = wide.detach()
-    is_open = (value > 0).to(value.dtype)
-    if value.dtype == torch.float64:
-        unit = 2.0 ** (52 - (slots_per_head - 1).bit_length())
-        # The rounding is part of the value and not of the gradient.
-        wide = wide + (torch.round(value * unit) / unit - value)
+    is_open = (gates > 0).to(wide.dtype)
+    if wide.dtype == torch.float64:
+        # What lies between this number and twice as much are the multiples of 2^-q.
+        power = 2.0 ** (slots_per_head - 1).bit_length()
+        wide = (wide + power) - power
     if indices is None:
         shape = (num_heads, slots_per_head, num_tokens)
         return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
-    where, nothing = indices.clamp(min=0).view(num_heads, -1), wide.new_zeros(num_heads, num_tokens)
-    importance = nothing.scatter_add(1, where, wide.view(num_heads, -1))
-    load = nothing.scatter_add(1, where, is_open.view(num_heads, -1))
-    return torch.stack([importance, load])
+    sums, indices = wide.new_zeros(2, num_heads, num_tokens), indices.view(num_heads, -1)
+    sums[0].scatter_add_(1, indices, wide.view(num_heads, -1))
+    sums[1].scatter_add_(1, indices, is_open.view(num_heads, -1))
+    return sums
 
 
-def squared_variation(values: Tensor, mask: Tensor | None) -> Tensor:
+def squared_variation(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """``CV^2(v) = var_unbiased(v) / (mean(v)^2 + 1e-10)`` over the last axis; 0 for fewer than two entries.
 
     Args:
@@ -54,17 +56,80 @@ def squared_variation(values: Tensor, mask: Tensor | None) -> Tensor:
         mask: ``(T,)`` bool, True = ignore, or None.
 
     Returns:
-        ``(...)``.
+        Three tensors ``(..., 1)``: ``CV^2``, and ``scale`` and ``center`` of its derivative by an entry,
+        ``2 (v - center) / scale``.
     """
+    count: float | Tensor
+    freedom: float | Tensor
     if mask is None:
-        count = values.shape[-1]
-        mean = values.sum(-1, keepdim=True) / max(count, 1)
-        squares = (values - mean).square().sum(-1)
-        return squares / max(count - 1, 1) / (mean.squeeze(-1).square() + 1e-10)
-    count_seen = (~mask).sum().to(values.dtype)
-    mean = values.sum(-1, keepdim=True) / count_seen.clamp_min(1)
-    squares = (values - mean).masked_fill(mask, 0).square().sum(-1)
-    return squares / (count_seen - 1).clamp_min(1) / (mean.squeeze(-1).square() + 1e-10)
+        count, freedom = float(max(values.shape[-1], 1)), float(max(values.shape[-1] - 1, 1))
+    else:
+        count_seen = (~mask).sum().to(values.dtype)
+        count, freedom = count_seen.clamp_min(1), (count_seen - 1).clamp_min(1)
+    mean = values.sum(-1, keepdim=True) / count
+    deviation = values - mean
+    if mask is not None:
+        deviation = deviation.masked_fill(mask, 0)
+    scale = (mean * mean + 1e-10) * freedom
+    variation = (deviation * deviation).sum(-1, keepdim=True) / scale
+    return variation, scale, mean + mean * variation * (freedom / count)
+
+
+class _BalanceLoss(torch.autograd.Function):
+    """The loss with its derivative: one gathering, where autograd would go back through some twenty small steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates: Tensor,
+        indices: Tensor,
+        mask: Tensor | None,
+        num_tokens: int,
+        num_heads: int,
+        weight: float,
+    ) -> Tensor:
+        if mask is not None:
+            indices = indices.clamp(min=0)
+        sums = _sums(gates, indices, num_tokens, num_heads)
+        variation, scale, center = squared_variation(sums, mask)
+        ctx.save_for_backward(indices, sums[0], scale[0], center[0])
+        ctx.dtype, ctx.weight = gates.dtype, weight
+        return _loss(variation, weight, gates)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        indices, importance_ST, scale_S1, center_S1 = ctx.saved_tensors
+        slope_ST = (importance_ST - center_S1) * (grad * (2 * ctx.weight) / scale_S1)
+        slope = slope_ST.to(ctx.dtype).gather(1, indices.view(slope_ST.shape[0], -1))
+        return slope.view(indices.shape), None, None, None, None, None
+
+
+def _loss(variation: Tensor, weight: float, gates: Tensor) -> Tensor:
+    return (variation.sum() * weight).to(gates.dtype)
+
+
+def balance_of(
+    gates: Tensor, indices: Tensor | None, mask: Tensor | None, num_tokens: int, num_heads: int, weight: float
+) -> Tensor:
+    """The balance loss: ``weight`` times the squared variations of all heads' importance and load, over the tokens.
+
+    Args:
+        gates: as in :func:`importance_and_load`.
+        indices: as there; without a mask none is -1.
+        mask: ``(T,)`` bool, True = ignore: such tokens have no gate above 0. Or None.
+        num_tokens: ``T``.
+        num_heads: ``S``.
+        weight: factor of the loss.
+
+    Returns:
+        A scalar in the dtype of ``gates``, differentiable in them (once, where there are ``indices``).
+    """
+    if indices is None or torch.compiler.is_compiling():  # compilers join the small steps themselves
+        sums = importance_and_load(gates, indices, num_tokens, num_heads)
+        return _loss(squared_variation(sums, mask)[0], weight, gates)
+    loss: Tensor = _BalanceLoss.apply(gates, indices, mask, num_tokens, num_heads, weight)
+    return loss
 
 
 class KeptLoss:

@@ -23,7 +23,7 @@ from ait.nn._validate import (
     check_padding_mask,
     replica_error,
 )
-from ait.nn.balance import KeptLoss, importance_and_load, squared_variation
+from ait.nn.balance import KeptLoss, balance_of
 from ait.nn.injection import inject_gradient
 from ait.nn.memory import MEMORIES, Memory
 from ait.nn.readers import AttentionReader, HopfieldReader
@@ -340,9 +340,8 @@ class GlobalWorkspace(nn.Module):
             query = self.writer.ask(mixed)
             query = query + (self.writer.ask(memory) - query).detach()
             _, gates, indices = self.writer.attend(query, tokens, mask, k, indices)
-        sums = importance_and_load(gates, indices, tokens.shape[0], self.writer.num_heads)
-        loss = self.balance_weight * squared_variation(sums, mask).sum()
-        return mixed, loss.to(memory.dtype)
+        num_tokens, num_heads = tokens.shape[0], self.writer.num_heads
+        return mixed, balance_of(gates, indices, mask, num_tokens, num_heads, self.balance_weight)
 
     def extra_repr(self) -> str:
         capacity = f"top_k={self.top_k}" if self.top_k_ratio is None else f"top_k_ratio={self.top_k_ratio:g}"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ait.nn.balance import importance_and_load, squared_variation
+from ait.nn.balance import balance_of
 from ait.nn.writer import BottleneckWriter
 
 BALANCE_WEIGHT = 1e-2
@@ -21,8 +21,8 @@ BALANCE_WEIGHT = 1e-2
 def ours_write(writer: BottleneckWriter, memory: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``gamma_hat (M, D)`` and the balance loss, with the operators of this library."""
     write = writer(memory, tokens, None, k, training=False)
-    sums = importance_and_load(write.gates, write.indices, tokens.shape[0], writer.num_heads)
-    return write.candidate, BALANCE_WEIGHT * squared_variation(sums, None).sum()
+    loss = balance_of(write.gates, write.indices, None, tokens.shape[0], writer.num_heads, BALANCE_WEIGHT)
+    return write.candidate, loss
 
 
 def batched_write(writer: BottleneckWriter, memory: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:

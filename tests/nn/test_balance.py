@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ait
-from ait.nn.balance import importance_and_load, squared_variation
+from ait.nn.balance import balance_of, importance_and_load, squared_variation
 from tests.nn.test_workspace import make_layer
 from tests.tolerances import assert_close
 
@@ -55,6 +55,39 @@ def test_dense_and_sparse_gates_give_the_same_sums_and_gradients() -> None:
     assert not torch.autograd.grad(importance_and_load(gates, indices, 9, 2)[1].sum() + gates.sum() * 0, gates)[0].any()
 
 
+def defined_loss(gates: Tensor, seen: Tensor, heads: int, weight: float) -> Tensor:
+    """The balance loss of dense gates ``(S*M, T)`` in float64, as its definition reads."""
+    by_head = gates.double().unflatten(0, (heads, -1))[..., seen]
+    importance, load = by_head.sum(1), (by_head > 0).double().sum(1)
+    return weight * sum((v.var(-1) / (v.mean(-1) ** 2 + 1e-10)).sum() for v in (importance, load))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+def test_loss_and_its_gradient_equal_the_definition(dtype: torch.dtype, masked: bool, way: str) -> None:
+    gates, indices = some_gates()
+    seen = torch.ones(9, dtype=torch.bool)
+    if masked:
+        seen[[0, 3]] = False
+        lists = [row[seen[row]].tolist() for row in indices]
+        indices = torch.tensor([row + [-1] * (4 - len(row)) for row in lists])
+        gates = gates.masked_fill(indices < 0, 0)
+    gates = gates.to(dtype).requires_grad_()
+    dense = torch.zeros(6, 9, dtype=dtype).scatter_add(1, indices.clamp(min=0), gates)
+    mask = ~seen if masked else None
+    given = (gates, indices) if way == "sparse" else (dense, None)
+    loss = balance_of(*given, mask, 9, 2, weight=0.3)
+    expected = defined_loss(dense, seen, 2, weight=0.3)
+    assert loss.dtype == dtype and loss.shape == ()
+    assert_close(loss.detach(), expected.detach().to(dtype))
+    (2 * loss).backward(inputs=gates, retain_graph=True)
+    (expected_grad,) = torch.autograd.grad(2 * expected, gates)
+    real = indices >= 0
+    assert gates.grad is not None
+    assert_close(gates.grad[real], expected_grad[real])
+
+
 def test_sums_do_not_depend_on_the_order_of_the_rows() -> None:
     gates, indices = some_gates(heads=1, slots=500, k=20, tokens=40)
     gates = torch.softmax(gates.double() + torch.rand(500, 20, dtype=torch.float64), dim=-1)
@@ -71,14 +104,16 @@ def test_non_finite_gates_stay_visible() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_squared_variation_equals_its_definition(masked: bool) -> None:
-    values = torch.rand(2, 3, 11, dtype=torch.float64)
+def test_squared_variation_and_its_derivative_equal_the_definition(masked: bool) -> None:
+    values = torch.rand(2, 3, 11, dtype=torch.float64).requires_grad_()
     mask = torch.arange(11) % 3 == 1 if masked else None
-    seen = values[..., ~mask] if mask is not None else values
-    expected = seen.var(-1, unbiased=True) / (seen.mean(-1) ** 2 + 1e-10)
-    if mask is not None:
-        values = values.masked_fill(mask, 0)
-    assert_close(squared_variation(values, mask), expected)
+    seen = slice(None) if mask is None else ~mask
+    expected = values[..., seen].var(-1, unbiased=True) / (values[..., seen].mean(-1) ** 2 + 1e-10)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), values)
+    given = values.detach() if mask is None else values.detach().masked_fill(mask, 0)
+    variation, scale, center = squared_variation(given, mask)
+    assert_close(variation.squeeze(-1), expected.detach())
+    assert_close((2 * (given - center) / scale)[..., seen], expected_grad[..., seen])
 
 
 @pytest.mark.parametrize("tokens, mask", [(0, None), (1, None), (4, [True] * 4), (4, [True, True, False, True])])
@@ -87,11 +122,9 @@ def test_squared_variation_of_fewer_than_two_tokens_is_zero(tokens: int, mask: l
     values = torch.rand(2, 3, tokens, dtype=torch.float64)
     if mask_tensor is not None:
         values = values.masked_fill(mask_tensor, 0)
-    values.requires_grad_()
-    variation = squared_variation(values, mask_tensor)
-    assert torch.equal(variation, torch.zeros(2, 3, dtype=torch.float64))
-    variation.sum().backward()
-    assert torch.isfinite(values.grad).all()
+    variation, scale, center = squared_variation(values, mask_tensor)
+    assert torch.equal(variation, torch.zeros(2, 3, 1, dtype=torch.float64))
+    assert torch.isfinite(center / scale).all()
 
 
 class TwoLayers(nn.Module):

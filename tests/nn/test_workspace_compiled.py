@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ait
+from ait.nn.balance import importance_and_load
 from tests.nn.test_workspace import make_layer, weigh
 from tests.tolerances import assert_close
 
@@ -54,6 +55,15 @@ def test_inductor_equals_eager_over_consecutive_steps_with_dynamic_token_counts(
     compiled(torch.full((4, 6, 16), torch.nan, requires_grad=True), mask)
     assert torch.equal(model.workspace.memory.gamma, before)
     assert model.workspace.memory.skipped_updates == 1
+
+
+def test_sums_of_gates_are_exact_under_inductor() -> None:
+    indices = torch.rand(6, 9).topk(4).indices.sort().values
+    gates = torch.softmax(20 * torch.randn(6, 4, dtype=torch.float64), dim=-1)
+    sums = torch.compile(importance_and_load, fullgraph=True)(gates, indices, 9, 2)
+    assert torch.equal(sums, importance_and_load(gates, indices, 9, 2))
+    unrounded = torch.zeros(2, 9, dtype=torch.float64).scatter_add(1, indices.view(2, -1), gates.view(2, -1))
+    assert not torch.equal(sums[0], unrounded), "or the rounding was left out"
 
 
 def test_losses_are_collected_under_compile() -> None:
