@@ -75,7 +75,9 @@ class Memory(nn.Module):
 
     def snapshot(self) -> Tensor:
         """The slots as stored, ``(M, D)``: the parameter itself, or a copy that later updates do not touch."""
-        return memory_snapshot(self.gamma) if self.kind == "ewma" else self.gamma
+        if self.kind != "ewma":
+            return self.gamma
+        return memory_snapshot(self.gamma) if torch.compiler.is_compiling() else self.gamma.clone()
 
     def as_read(self, stored: Tensor) -> Tensor:
         """The slots as the layer uses them: unit rows, unless ``unit_rows`` is off."""

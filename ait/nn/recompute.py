@@ -1,8 +1,8 @@
 """Activation checkpointing: a recompute reads the memory that its own forward pass read, and writes nothing.
 
 A checkpointed forward pass runs twice, the second time inside a backward pass. By then the memory has moved on, so
-the layer keeps a short list of what its last forward passes read (a few thousand numbers each), and a recompute looks
-up its own. Which one that is follows from the contents of the tokens, and among equal contents from autograd's
+the layer keeps a short list of what its last forward passes read that may be recomputed (a few thousand numbers each),
+and a recompute looks up its own. Which one that is follows from the contents of the tokens, and among equal contents from autograd's
 sequence numbers, which tell when the graph that is being walked was recorded. Contents are compared on the device:
 nothing waits for it.
 
@@ -103,9 +103,14 @@ class ForwardRecords:
         self.last_dropped: int | None = None  # sequence number
 
     def add(self, tokens: Tensor, mask: Tensor | None, forward_pass: ForwardPass) -> None:
-        """Records a pass that is no recompute."""
+        """Records a pass that is no recompute, if it may be recomputed.
+
+        Both kinds of checkpointing show in the pass itself: one has hooks on saved tensors, the other no autograd.
+        """
         if torch._C._current_graph_task_id() == -1:
             self.recomputes.clear()
+        if torch.is_grad_enabled() and not _recomputes_by_hooks():
+            return
         if len(self.records) == RECORDS_KEPT:
             self.last_dropped = self.records[0].sequence_number
         self.records.append(_record(forward_pass, _shape(tokens, mask), _fingerprint(tokens)))
@@ -172,7 +177,7 @@ def _fingerprint(tokens: Tensor) -> Tensor:
 
 
 def _recomputes_by_hooks() -> bool:
-    """Whether this is checkpointing without reentrance: it packs what the recompute saves, with hooks."""
+    """Whether this is checkpointing without reentrance: it packs what a pass and its recompute save, with hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

@@ -55,9 +55,10 @@ class GlobalWorkspace(nn.Module):
     module), with autocast off.
 
     Under eager activation checkpointing a recompute reads what its own forward pass read, and writes nothing. For that
-    the layer keeps what its last 64 forward passes read (``ait.nn.recompute.RECORDS_KEPT``). A backward pass through a
-    checkpointed pass that lies further back raises a RuntimeError; a recompute that does not repeat its tokens
-    (checkpointing with ``preserve_rng_state=False`` and a dropout before the layer) gets gradients that are NaN.
+    the layer keeps what the last 64 forward passes read that were checkpointed or ran without autograd
+    (``ait.nn.recompute.RECORDS_KEPT``). A backward pass through a checkpointed pass that lies further back raises a
+    RuntimeError; a recompute that does not repeat its tokens (checkpointing with ``preserve_rng_state=False`` and a
+    dropout before the layer) gets gradients that are NaN.
 
     Args:
         dim: token width ``E``.

@@ -296,7 +296,7 @@ def test_a_pass_inside_a_hook_of_a_backward_pass_is_new_where_nothing_like_it_ra
 def test_records_are_few_small_and_no_part_of_copies_and_pickles() -> None:
     layer = make_layer()
     for _ in range(RECORDS_KEPT + 10):
-        layer(torch.randn(3, 5, 16))
+        checkpoint(layer, torch.randn(3, 5, 16), use_reentrant=False)
     records = layer.workspace._records.records
     assert len(records) == RECORDS_KEPT
     for record in records:
@@ -306,3 +306,26 @@ def test_records_are_few_small_and_no_part_of_copies_and_pickles() -> None:
     assert not copy.deepcopy(layer).workspace._records.records
     assert not pickle.loads(pickle.dumps(layer)).workspace._records.records
     assert not any("record" in name for name in layer.state_dict())
+
+
+def test_passes_that_nothing_recomputes_are_not_recorded() -> None:
+    layer = make_layer()
+    layer(torch.randn(3, 5, 16))
+    assert not layer.workspace._records.records
+    for reentrant in (False, True):
+        checkpoint(layer, torch.randn(3, 5, 16, requires_grad=True), use_reentrant=reentrant)
+    assert len(layer.workspace._records.records) == 2
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
+def test_plain_passes_in_between_leave_a_recompute_alone(run: Run) -> None:
+    results = []
+    for way in (plain, run):
+        model, x = Model("block"), two_batches(False)[0].requires_grad_()
+        torch.manual_seed(3)
+        output = way(model, x)
+        for _ in range(RECORDS_KEPT + 1):
+            model(x.detach())
+        weigh(output).backward()
+        results.append(x.grad)
+    assert_close(results[1], results[0])
