@@ -125,6 +125,7 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
   // A longer list is cut more rarely, and lets more pass until it is.
   // Lists a multiple of 1 KiB apart would compete for the same cache sets.
   int64_t capacity = problem.k + std::max(problem.k / 2, int64_t{64});
+  if (partition.range_tokens <= 2 * capacity) capacity = partition.range_tokens;
   capacity = divide_up(std::min(capacity, partition.range_tokens), 16) * 16;
   capacity += capacity % 256 == 0 ? 16 : 0;
 
