@@ -19,5 +19,11 @@ STABLE_TORCH_LIBRARY(ait, m) {
   m.def(
       "hopfield_retrieve_backward(Tensor grad_out, Tensor state, Tensor patterns, "
       "Tensor steps_taken, float beta, int steps) -> (Tensor grad_state, Tensor grad_patterns)");
+  m.def(
+      "balance_loss(Tensor gates, Tensor indices, Tensor? mask, SymInt num_tokens, int num_heads, "
+      "float weight) -> (Tensor loss, Tensor slope)");
+  m.def(
+      "balance_loss_backward(Tensor grad_loss, Tensor gates, Tensor indices, Tensor slope) "
+      "-> Tensor");
   m.def("memory_snapshot(Tensor memory) -> Tensor");
 }

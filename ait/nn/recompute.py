@@ -2,9 +2,9 @@
 
 A checkpointed forward pass runs twice, the second time inside a backward pass. By then the memory has moved on, so
 the layer keeps a short list of what its last forward passes read that may be recomputed (a few thousand numbers each),
-and a recompute looks up its own. Which one that is follows from the contents of the tokens, and among equal contents from autograd's
-sequence numbers, which tell when the graph that is being walked was recorded. Contents are compared on the device:
-nothing waits for it.
+and a recompute looks up its own. Which one that is follows from the contents of the tokens, and among equal contents
+from autograd's sequence numbers, which tell when the graph that is being walked was recorded. Contents are compared on
+the device: nothing waits for it.
 
 A recompute whose forward pass is no longer kept raises, and one whose tokens are those of no kept pass gets NaN: a
 gradient through another pass's memory would look right and be wrong.

@@ -23,13 +23,14 @@ from ait.nn._validate import (
     check_padding_mask,
     replica_error,
 )
-from ait.nn.balance import KeptLoss, balance_of
+from ait.nn.balance import KeptLoss
 from ait.nn.injection import inject_gradient
 from ait.nn.memory import MEMORIES, Memory
 from ait.nn.readers import AttentionReader, HopfieldReader
 from ait.nn.recompute import BalanceGradient, ForwardPass, ForwardRecords, pass_balance_gradient
 from ait.nn.writer import BottleneckWriter
 from ait.ops._checks import check_positive_int, is_positive_in, op_error
+from ait.ops.balance_loss import balance_of
 from ait.ops.hopfield_retrieve import MAX_STEPS
 
 DEFAULT_TOP_K_RATIO = 1 / 64

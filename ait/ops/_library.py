@@ -36,8 +36,15 @@ SCHEMAS = {
         "(Tensor grad_out, Tensor state, Tensor patterns, Tensor steps_taken, float beta, int steps) "
         "-> (Tensor grad_state, Tensor grad_patterns)"
     ),
+    "balance_loss": (
+        "(Tensor gates, Tensor indices, Tensor? mask, SymInt num_tokens, int num_heads, float weight) "
+        "-> (Tensor loss, Tensor slope)"
+    ),
+    "balance_loss_backward": "(Tensor grad_loss, Tensor gates, Tensor indices, Tensor slope) -> Tensor",
     "memory_snapshot": "(Tensor memory) -> Tensor",
 }
+# The snapshot is one implementation for all devices; the balance loss is called for tensors of the CPU alone.
+WITHOUT_CUDA_KERNELS = frozenset({"balance_loss", "balance_loss_backward", "memory_snapshot"})
 
 
 def kernel_library_path() -> Path:

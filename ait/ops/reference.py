@@ -144,6 +144,81 @@ def hopfield_retrieve_backward(
     return grad_xi_TE.to(state.dtype), grad_p_ME.to(patterns.dtype)
 
 
+def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, num_heads: int) -> Tensor:
+    """Per head and token, the sum of its gates and the number of its gates above 0.
+
+    The sums are exact, hence the same bits in every order (threads, atomics, compilers): float64 holds any sum of
+    ``M`` gates once each is rounded to a multiple of ``2^-q``, with ``q = 47`` for 32 slots.
+
+    Args:
+        gates: ``(S*M, k)``, heads outermost, each in ``[0, 1]``; 0 where the index is -1.
+        indices: ``(S*M, k)``, the tokens that the gates belong to; None where ``k`` is all tokens, in order.
+        num_tokens: ``T``.
+        num_heads: ``S``.
+
+    Returns:
+        ``(2, S, T)``: importance, differentiable in ``gates``, and load, which is not. float64 (float32 on MPS,
+        which has nothing wider).
+    """
+    slots_per_head = gates.shape[0] // num_heads
+    wide = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
+    is_open = (gates > 0).to(wide.dtype)
+    if wide.dtype == torch.float64:
+        # What lies between this number and twice as much are the multiples of 2^-q.
+        power = 2.0 ** (slots_per_head - 1).bit_length()
+        wide = (wide + power) - power
+    if indices is None:
+        shape = (num_heads, slots_per_head, num_tokens)
+        return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
+    sums, where = wide.new_zeros(2, num_heads, num_tokens), indices.clamp(min=0).view(num_heads, -1)
+    sums[0].scatter_add_(1, where, wide.view(num_heads, -1))
+    sums[1].scatter_add_(1, where, is_open.view(num_heads, -1))
+    return sums
+
+
+def squared_variation(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``CV^2(v) = var_unbiased(v) / (mean(v)^2 + 1e-10)`` over the last axis; 0 for fewer than two entries.
+
+    Args:
+        values: ``(..., T)``; 0 where masked.
+        mask: ``(T,)`` bool, True = ignore, or None.
+
+    Returns:
+        Three tensors ``(..., 1)``: ``CV^2``, and ``scale`` and ``center`` of its derivative by an entry,
+        ``2 (v - center) / scale``.
+    """
+    count: float | Tensor
+    freedom: float | Tensor
+    if mask is None:
+        count, freedom = float(max(values.shape[-1], 1)), float(max(values.shape[-1] - 1, 1))
+    else:
+        count_seen = (~mask).sum().to(values.dtype)
+        count, freedom = count_seen.clamp_min(1), (count_seen - 1).clamp_min(1)
+    mean = values.sum(-1, keepdim=True) / count
+    deviation = values - mean
+    if mask is not None:
+        deviation = deviation.masked_fill(mask, 0)
+    scale = (mean * mean + 1e-10) * freedom
+    variation = (deviation * deviation).sum(-1, keepdim=True) / scale
+    return variation, scale, mean + mean * variation * (freedom / count)
+
+
+def balance_loss(
+    gates: Tensor, indices: Tensor, mask: Tensor | None, num_tokens: int, num_heads: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of :func:`ait.ops.balance_loss.balance_of`, and ``slope (S, T)``, its derivative by a token's gates."""
+    sums = importance_and_load(gates, indices, num_tokens, num_heads)
+    variation, scale, center = squared_variation(sums, mask)
+    slope = (sums[0] - center[0]) * (2 * weight / scale[0])
+    return (variation.sum() * weight).to(gates.dtype), slope.to(gates.dtype)
+
+
+def balance_loss_backward(grad_loss: Tensor, gates: Tensor, indices: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of :func:`balance_loss` in ``gates``."""
+    of_each = slope.gather(1, indices.clamp(min=0).view(slope.shape[0], -1)).view(indices.shape)
+    return grad_loss * of_each.masked_fill(indices < 0, 0)
+
+
 def memory_snapshot(memory: Tensor) -> Tensor:
     """See :func:`ait.ops.memory_snapshot`."""
     return memory.clone()

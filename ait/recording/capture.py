@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ait.nn.balance import importance_and_load
 from ait.nn.readers import AttentionReader, HopfieldReader
 from ait.nn.workspace import GlobalWorkspace
 from ait.nn.writer import Write
 from ait.ops import hopfield_energy, hopfield_retrieve
-from ait.ops.reference import accumulate_dtype
+from ait.ops.reference import accumulate_dtype, importance_and_load
 from ait.recording.layout import find_ambient_mask, patch_grid
 from ait.recording.statistics import energy_path, retrieval_weights
 from ait.recording.trace import LayerRecord, WriteRecord

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ait.nn.balance import balance_of
 from ait.nn.writer import BottleneckWriter
+from ait.ops.balance_loss import balance_of
 
 BALANCE_WEIGHT = 1e-2
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ait  # noqa: F401  (defines the operators that are replaced here)
-from ait.ops._library import LIBRARY, SCHEMAS
+from ait.ops._library import LIBRARY, SCHEMAS, WITHOUT_CUDA_KERNELS
 
 
 def moved(value: Any, device: str) -> Any:
@@ -31,7 +31,7 @@ def elsewhere(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def load() -> None:
-    for name in set(SCHEMAS) - {"memory_snapshot"}:
+    for name in set(SCHEMAS) - WITHOUT_CUDA_KERNELS:
         operator = elsewhere(getattr(torch.ops.ait, name), "cuda")
         LIBRARY.impl(name, operator, "CPU", allow_override=True)
 

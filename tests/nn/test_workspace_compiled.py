@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ait
-from ait.nn.balance import importance_and_load
+from ait.ops.reference import importance_and_load
 from tests.nn.test_workspace import make_layer, weigh
 from tests.tolerances import assert_close
 
