@@ -21,11 +21,15 @@ constexpr int64_t kScreenDepth = 384;
 // So many times k tokens are looked at first, for a threshold to begin with.
 constexpr int64_t kSample = 8;
 
-// Of a token, or of what rounding it to BFloat16 leaves: at least its length, up to rounding.
+// Of a token, and of what rounding it to BFloat16 leaves.
 struct Lengths {
   float whole;
   float rest;
 };
+
+// Added to lengths that may be smaller: numbers below this, the smallest normal one, have few
+// digits, or are zero where the user has them flushed.
+constexpr double kSmallestLength = 0x1p-126;
 
 template <typename S>
 struct ScreenBuffers : ScanBuffers<float, BFloat16> {
@@ -40,16 +44,18 @@ struct ScreenBuffers : ScanBuffers<float, BFloat16> {
         query_rest(arena.take<float>(padded_rows)),
         logits(arena.take<float>(padded_tokens * padded_rows)),
         passing(arena.take<uint32_t>(padded_tokens * words)),
+        reached(arena.take<float>(num_rows)),
         rows(arena.take<int32_t>(padded_rows + kExactRows)) {}
 
   int64_t padded_tokens, words;
   const S** sources;     // where the tokens of the tile are
-  Lengths* lengths;      // and how long; 0 for those that fill up the last step
-  float* query_reach;    // four times the length of each row's q; padding has none
+  Lengths* lengths;      // and how long
+  float* query_reach;    // four times the length of each row's q
   float* query_rounded;  // that of q rounded to BFloat16
   float* query_rest;     // and that of what rounding leaves
   float* logits;         // (panels, tokens, rows of the panel), from products of BFloat16
   uint32_t* passing;     // (tokens, words): one bit a row
+  float* reached;        // by k logits of the first few tokens, for each row; -inf if by fewer
   int32_t* rows;         // those of one token that pass
 };
 
@@ -99,8 +105,11 @@ class Screen {
   }
 
  private:
-  // A thousandth is added for the roundings of the lengths.
+  // A thousandth is added for the roundings of the lengths, those of tokens included.
   void measure_rows() {
+    const auto at_least = [](double square) {
+      return float(1.001 * std::sqrt(square) + kSmallestLength);
+    };
     for (int64_t row = 0; row < buffers_.padded_rows; ++row) {
       double whole = 0, rounded = 0, rest = 0;
       for (int64_t i = 0; row < task_.num_rows && i < problem_.width; ++i) {
@@ -109,9 +118,9 @@ class Screen {
         rounded += double(a) * a;
         rest += (double(q) - a) * (double(q) - a);
       }
-      buffers_.query_reach[row] = float(4.004 * std::sqrt(whole));
-      buffers_.query_rounded[row] = float(1.001 * std::sqrt(rounded));
-      buffers_.query_rest[row] = float(1.001 * std::sqrt(rest));
+      buffers_.query_reach[row] = 4 * at_least(whole);
+      buffers_.query_rounded[row] = at_least(rounded);
+      buffers_.query_rest[row] = at_least(rest);
     }
   }
 
@@ -150,7 +159,6 @@ class Screen {
     tile_size_ = n;
     for (; n < round_up(tile_size_, kStepTokens); ++n) {
       std::memset(buffers_.copied_tokens + n * stride, 0, size_t(width) * sizeof(BFloat16));
-      buffers_.lengths[n] = {0, 0};
     }
     ++lists_.statistics().tiles_copied;
     return token;
@@ -182,7 +190,7 @@ class Screen {
       whole += x * x;
       rest += difference * difference;
     }
-    return {float(std::sqrt(whole)), float(std::sqrt(rest))};
+    return {float(std::sqrt(whole) + kSmallestLength), float(std::sqrt(rest) + kSmallestLength)};
   }
 
   // Calls visit<vectors>(logits, first token of the tile, first row) for the approximate logits of
@@ -248,16 +256,17 @@ class Screen {
       });
     }
     for (int64_t row = 0; row < task_.num_rows; ++row) {
-      buffers_.rows[row] =
-          lists_[row].count < problem_.k ? kBelowAllKeys<float> : lists_.cut(row, problem_.k);
+      buffers_.reached[row] = -INFINITY;
+      if (lists_[row].count < problem_.k) continue;
+      float off[kLanes];
+      most_off(row / kLanes * kLanes, longest).store(off);
+      const float smallest = to_logit<float>(lists_.cut(row, problem_.k));
+      buffers_.reached[row] = float(double(smallest) - off[row % kLanes]);
     }
     lists_.open();
     for (int64_t row = 0; row < task_.num_rows; ++row) {
-      float off[kLanes];
-      most_off(row / kLanes * kLanes, longest).store(off);
-      const double reached = double(to_logit<float>(buffers_.rows[row])) - off[row % kLanes];
       // Just below it, since its equals are selected, too.
-      const float threshold = __builtin_nextafterf(float(reached), -INFINITY);
+      const float threshold = __builtin_nextafterf(buffers_.reached[row], -INFINITY);
       if (threshold > -INFINITY) lists_.raise_threshold(row, to_key(threshold));
     }
   }
@@ -389,14 +398,16 @@ inline SelectStatistics screen(const SelectProblem& problem, const SelectTask& t
 }
 
 // A tile is held twice, as it is and rounded.
-constexpr SelectKernels<float> kScreenKernels = {Screen<float>::kPanelRows,
-                                                 kStepTokens,
-                                                 sizeof(float) + sizeof(BFloat16),
-                                                 48,
-                                                 8,
-                                                 screen_scratch_bytes,
-                                                 screen,
-                                                 collect<float>};
+constexpr SelectKernels<float> kScreenKernels = {
+    .rows_per_panel = Screen<float>::kPanelRows,
+    .tokens_per_step = kStepTokens,
+    .element_size = sizeof(float) + sizeof(BFloat16),
+    .load_cost = 48,
+    .entry_cost = 8,
+    .scratch_bytes = screen_scratch_bytes,
+    .scan = screen,
+    .collect = collect<float>,
+};
 
 }  // namespace
 }  // namespace ait::cpu

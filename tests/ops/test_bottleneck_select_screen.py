@@ -86,10 +86,32 @@ def worst_token_roundings() -> tuple[Tensor, Tensor]:
 
 
 def worst_query_roundings() -> tuple[Tensor, Tensor]:
-    """The same of the query: all logits are off by the same, as much as can be, and nearly equal."""
+    """The same of the query: all logits are off by as much as can be, and the largest differ less than that."""
     query, tokens = torch.full((70, 64), 1 + 2**-8), torch.ones(1000, 64)
-    tokens[:, 0] += (8 * uniform(1000)).round() / 128
+    tokens[50::100, 0] += 1 / 128
     return query, tokens
+
+
+def smallest_query() -> tuple[Tensor, Tensor]:
+    """Two elements of the smallest number each: of their length, 1.4 times that, only 1 is left when it is rounded."""
+    query, tokens = torch.zeros(70, 64), torch.zeros(1000, 64)
+    query[:, :2] = 2**-149
+    tokens[:, :2] = 2**62 * (1 + 0.3 * uniform(1000, 1))
+    return query, tokens
+
+
+def smallest_tokens() -> tuple[Tensor, Tensor]:
+    """The same of a few tokens, whose logits are 1.75 times as large as one unit; those of the others are 1.5."""
+    query, tokens = torch.zeros(70, 64), torch.zeros(1000, 64)
+    query[:, :3] = torch.tensor([1, 0.75, 0.75]) * 2.0**120
+    tokens[:, 2] = 2 * 2**-149
+    tokens[50::100, :3] = torch.tensor([1.0, 1.0, 0.0]) * 2**-149
+    return query, tokens
+
+
+def scaled(name: str, query_exponent: int, token_exponent: int) -> tuple[Tensor, Tensor]:
+    query, tokens = ADVERSARIES[name]()
+    return query * 2.0**query_exponent, tokens * 2.0**token_exponent
 
 
 def same_sums() -> tuple[Tensor, Tensor]:
@@ -103,6 +125,8 @@ def same_sums() -> tuple[Tensor, Tensor]:
 ADVERSARIES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "worst roundings of tokens": worst_token_roundings,
     "worst roundings of the query": worst_query_roundings,
+    "worst roundings of tokens, below the normal range": lambda: scaled("worst roundings of tokens", 120, -126),
+    "worst roundings of the query, below the normal range": lambda: scaled("worst roundings of the query", -126, 50),
     "sums that differ in their roundings": same_sums,
     "all equal": lambda: (torch.ones(70, 64), torch.ones(1000, 64)),
     "zeros": lambda: (sample_inputs((1, 70, 1, 64))[0][0], torch.zeros(1000, 64)),
@@ -115,6 +139,8 @@ ADVERSARIES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "descending": lambda: (torch.ones(70, 64), -torch.arange(1000.0)[:, None].expand(1000, 64).contiguous()),
     "tiny": lambda: (uniform(70, 64) - 0.5, (uniform(1000, 64) - 0.5) * 1e-25),
     "logits below the normal range": lambda: ((uniform(70, 64) - 0.5) * 1e-20, (uniform(1000, 64) - 0.5) * 1e-19),
+    "a query of the smallest numbers": smallest_query,
+    "tokens of the smallest numbers": smallest_tokens,
     "subnormal tokens": lambda: (uniform(70, 64) - 0.5, (uniform(1000, 64) - 0.5) * 1e-38),
     "subnormal query, large tokens": lambda: ((uniform(70, 64) - 0.5) * 1e-38, (uniform(1000, 64) - 0.5) * 1e15),
     "huge query, subnormal tokens": lambda: ((uniform(70, 64) - 0.5) * 1e37, (uniform(1000, 64) - 0.5) * 1e-38),
@@ -149,9 +175,8 @@ def test_flushing_subnormal_numbers_loses_nothing() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("needs a processor that can flush subnormal numbers")
     try:
-        for name in ("tiny", "subnormal query, large tokens", "huge query, subnormal tokens", "any magnitude"):
-            query, tokens = ADVERSARIES[name]()
-            assert_is_stable_sort(query, tokens, name)
+        for name, adversary in ADVERSARIES.items():
+            assert_is_stable_sort(*adversary(), name)
     finally:
         torch.set_flush_denormal(False)
 
@@ -215,5 +240,6 @@ def test_paths_that_were_taken() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="cannot be screened"):
-        screened(torch.ones(2, (1 << 16) + 1), torch.ones(3, (1 << 16) + 1), 1)
+    for width in (0, (1 << 16) + 1):
+        with pytest.raises(ValueError, match="cannot be screened"):
+            screened(torch.ones(2, width), torch.ones(3, width), 1)
