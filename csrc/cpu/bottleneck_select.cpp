@@ -278,7 +278,7 @@ void bottleneck_select_tiled(const float* query, const float* tokens, const uint
       tile_tokens < 1 || ranges < 1) {
     throw std::invalid_argument("bottleneck_select_tiled: sizes out of range");
   }
-  if (screened && (screened_kernels() == nullptr || width > 1 << 16)) {
+  if (screened && (screened_kernels() == nullptr || width < 1 || width > 1 << 16)) {
     throw std::invalid_argument("bottleneck_select_tiled: cannot be screened here");
   }
   if (num_rows == 0 || num_tokens == 0) return;

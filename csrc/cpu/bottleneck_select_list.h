@@ -1,5 +1,5 @@
 // The lists of candidates that a task of bottleneck_select fills, one for each row. Included by
-// bottleneck_select_scan.h and _screen.h alone.
+// bottleneck_select_scan.h alone.
 #pragma once
 
 #include <cpu/bottleneck_select_keys.h>

@@ -1,5 +1,5 @@
 // The tile product of bottleneck_select, and reading ahead for it. Included by
-// bottleneck_select_scan.h alone.
+// bottleneck_select_list.h and _scan.h alone.
 #pragma once
 
 #include <common/simd.h>
