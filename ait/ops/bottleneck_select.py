@@ -38,8 +38,9 @@ def bottleneck_select(
             are: float32 sums in another order, where subnormal numbers count as zero, so that other processors may
             give other logits in the last bits, and another choice between two that are as close. With AMX, large
             selections in float32 (``R`` and ``d`` from 64, ``T`` from 2,048 and ``48 k``) compute only those logits
-            that products of bfloat16 cannot rule out: exact, with an order of sums of their own.
-            ``AIT_BFLOAT16_PRODUCTS=none`` in the environment does without both.
+            that products of bfloat16 cannot rule out: exact, with an order of sums of their own, so that the last
+            bits of a logit may differ between shapes. ``AIT_BFLOAT16_PRODUCTS=none`` in the environment does without
+            both.
 
     Returns:
         ``values (G, R, min(k, T))``, the logits, float32 or float64, and ``indices`` of the same shape, int64,
