@@ -78,9 +78,9 @@ def any_magnitude(*shape: int, seed: int = 0) -> Tensor:
 
 def worst_token_roundings() -> tuple[Tensor, Tensor]:
     """Tokens in the middle between two of bfloat16, all of whose elements are rounded down: in bfloat16 a little less
-    than the others, in float32 a little more. A bound that is a fifth too tight loses them."""
+    than the others, in float32 a little more. A bound that is a twentieth too tight loses them."""
     query, tokens = torch.ones(70, 64), torch.ones(1000, 64)
-    tokens[:, 0] += 25 / 128  # of bfloat16, and 64 + 25 / 128 the logit
+    tokens[:, 0] += 31 / 128  # of bfloat16, and 64 + 31 / 128 the logit
     tokens[50::100] = 1 + 2**-8  # the logit 64 + 32 / 128, in bfloat16 64
     return query, tokens
 
