@@ -10,6 +10,10 @@
 
 #include "bottleneck_attend_kernel.h"
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 namespace ait::cpu {
 namespace {
 
@@ -18,9 +22,19 @@ using torch::stable::parallel_for;
 
 constexpr const char* kName = "bottleneck_attend";
 
-// Bytes of tokens, and of query and grad_pooled, that should stay in a second-level cache.
+// Bytes of tokens that should stay in a second-level cache. Windows cut sums, so that they are the
+// same on every machine.
 constexpr int64_t kWindowBytes = 1 << 20;
-constexpr int64_t kSlabBytes = 1 << 18;
+
+// Bytes of query and grad_pooled that should stay there: three quarters of it, where its size is
+// known. Whole rows are best, since a token's gradient is then written in one go.
+int64_t slab_bytes() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (cache > 0) return cache / 4 * 3;
+#endif
+  return 1 << 18;
+}
 
 const BottleneckAttendKernels& kernels() { AIT_RETURN_KERNELS(bottleneck_attend_kernels); }
 
@@ -60,13 +74,14 @@ int64_t count_entries(const int64_t* list, int64_t num_entries, int64_t num_toke
   return count;
 }
 
-// Few rows are cut into parts: some hundred parts are enough for any machine, some hundred entries
-// are worth one. They depend on the shape alone, since the order of a sum must not depend on the
-// number of threads.
+// Few rows are cut into parts: some hundred parts are enough for any machine, and they let threads
+// share the tokens among them instead of reading all of them; some hundred entries are worth a
+// part. They depend on the shape alone, since the order of a sum must not depend on the number of
+// threads.
 int64_t part_length_of(int64_t num_rows, int64_t num_entries) {
-  const int64_t wanted = divide_up(256, std::max(num_rows, int64_t{1}));
+  const int64_t wanted = divide_up(512, std::max(num_rows, int64_t{1}));
   const int64_t most = std::max(num_entries / 256, int64_t{1});
-  return std::max(divide_up(divide_up(num_entries, std::min(wanted, most)), 8), int64_t{1}) * 8;
+  return std::max(divide_up(num_entries, std::min(wanted, most)), int64_t{1});
 }
 
 // The lists as the kernels want them, checked, with the memory that they need.
@@ -96,12 +111,14 @@ struct Lists {
 
   AttendLists get() const {
     const int64_t row_bytes = std::max(width * int64_t(tokens_.element_size()), int64_t{1});
-    // A window must also hold a block of entries of each row, or it would cut the blocks short.
-    const int64_t window = std::max(kWindowBytes / row_bytes,
-                                    divide_up(8 * num_tokens, std::max(num_entries, int64_t{1})));
+    // A window should also hold a block of entries of each row.
+    const int64_t window =
+        std::max(kWindowBytes / row_bytes,
+                 divide_up(kAttendBlock * num_tokens, std::max(num_entries, int64_t{1})));
     return {tokens_.const_data_ptr(),
             indices_.const_data_ptr<int64_t>(),
             counts.get(),
+            num_rows,
             num_entries,
             width,
             parts,
@@ -213,9 +230,8 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const Scratch<C> grad_logits(checked_product(lists.num_rows, lists.num_entries));
     const Scratch<C> part_grads(lists.parts > 1 ? checked_product(num_parts, lists.width) : 0);
     C* grad_query_data = grad_query.mutable_data_ptr<C>();
-    // What a range of tokens needs of query and grad_pooled at a time should stay in cache.
     const int64_t column_bytes = std::max(lists.num_rows, int64_t{1}) * 2 * int64_t(sizeof(C));
-    const int64_t slab = std::max(kSlabBytes / column_bytes / 64 * 64, int64_t{64});
+    const int64_t slab = std::max(slab_bytes() / column_bytes / 64 * 64, int64_t{64});
     const AttendBackward<C> args{lists.get(),
                                  query.const_data_ptr<C>(),
                                  results.pooled.const_data_ptr<C>(),
@@ -229,7 +245,6 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
                                  lists.parts > 1 ? part_grads.get() : grad_query_data,
                                  grad_query_data,
                                  grad_tokens.mutable_data_ptr(),
-                                 lists.num_rows,
                                  slab};
     const double work_per_row = double(lists.width) + double(lists.num_entries);
     parallel_for(0, lists.num_rows, grain(work_per_row),
