@@ -15,9 +15,9 @@ namespace {
 constexpr int kBlock = kAttendBlock;
 constexpr int64_t kStateBytes = 1 << 20;
 
-// Room for the values of a block in whole vectors.
+// Vectors that hold the values of a block and one more.
 template <typename C>
-constexpr int kPadded = (kBlock + Vec<C>::size - 1) / Vec<C>::size * Vec<C>::size;
+constexpr int kBlockVectors = kBlock / Vec<C>::size + 1;
 
 // Calls run(Count<n>{}) for n in [1, N].
 template <int N>
@@ -48,23 +48,27 @@ AIT_INLINE void for_each_vector(int64_t begin, int64_t end, Whole whole, Rest re
   if (e < end) rest(e, end - e);
 }
 
-// out[n] = query . x[n]. The order of each sum depends on the width alone.
-template <int N, typename C, typename S>
-AIT_INLINE void dots(const C* query, const S* const* x, int64_t width, C* out) {
+// take(n, query . x[n]). The order of each sum depends on the width alone.
+template <int N, typename C, typename S, typename Take>
+AIT_INLINE void dots(const C* query, const S* const* x, int64_t width, Take take) {
   using V = Vec<C>;
   V sums[N];
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n) sums[n] = V::zero();
   for_each_vector<C>(
       0, width,
       [&](int64_t e) __attribute__((always_inline)) {
         const V q = V::load(query + e);
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sums[n] = fmadd(q, V::load(x[n] + e), sums[n]);
       },
       [&](int64_t e, int64_t rest) __attribute__((always_inline)) {
         const V q = V::load(query + e, rest);
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sums[n] = fmadd(q, V::load(x[n] + e, rest), sums[n]);
       });
-  for (int n = 0; n < N; ++n) out[n] = reduce_add(sums[n]);
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) take(n, reduce_add(sums[n]));
 }
 
 // sum = scale * sum + weights[0] x[0] + weights[1] x[1] + ...
@@ -72,17 +76,20 @@ template <int N, typename C, typename S>
 AIT_INLINE void accumulate(C scale, const C* weights, const S* const* x, int64_t width, C* sum) {
   using V = Vec<C>;
   V w[N];
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n) w[n] = V::broadcast(weights[n]);
   const V scales = V::broadcast(scale);
   for_each_vector<C>(
       0, width,
       [&](int64_t e) __attribute__((always_inline)) {
         V total = V::load(sum + e) * scales;
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) total = fmadd(w[n], V::load(x[n] + e), total);
         total.store(sum + e);
       },
       [&](int64_t e, int64_t rest) __attribute__((always_inline)) {
         V total = V::load(sum + e, rest) * scales;
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) total = fmadd(w[n], V::load(x[n] + e, rest), total);
         total.store(sum + e, rest);
       });
@@ -100,10 +107,10 @@ struct Block {
     }
   }
 
-  template <typename C>
-  AIT_INLINE void dots_with(const C* query, int64_t width, C* out) const {
+  template <typename C, typename Take>
+  AIT_INLINE void dots_with(const C* query, int64_t width, Take take) const {
     with_count<kBlock>(n, [&](auto count) __attribute__((always_inline)) {
-      dots<decltype(count)::value>(query, x, width, out);
+      dots<decltype(count)::value>(query, x, width, take);
     });
   }
 
@@ -125,24 +132,35 @@ AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Proc
   for (int64_t part = begin; part < end; ++part) {
     lists.cursors[part] = part / lists.num_rows * lists.part_length;
   }
+  const int64_t first_row = begin % lists.num_rows;
   int64_t window_end = 0, next_token;
   do {
     next_token = INT64_MAX;
+    int64_t row = first_row, part_end = (begin / lists.num_rows + 1) * lists.part_length;
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part % lists.num_rows, count = lists.counts[row];
-      const int64_t part_end = (part / lists.num_rows + 1) * lists.part_length;
-      const int64_t last = part_end < count ? part_end : count;
+      const int64_t last = part_end < lists.counts[row] ? part_end : lists.counts[row];
       const int64_t* indices = lists.indices + row * lists.num_entries;
-      int64_t j = lists.cursors[part], stop = j;
-      while (stop < last && indices[stop] < window_end) ++stop;
-      // As few blocks as possible, all of about the same length.
-      for (int64_t blocks = (stop - j + kBlock - 1) / kBlock; blocks > 0; --blocks) {
-        const int n = int((stop - j + blocks - 1) / blocks);
-        process(row, part, j, n);
-        j += n;
+      int64_t j = lists.cursors[part];
+      if (j < last) {
+        int64_t stop = j;
+        if (indices[last - 1] < window_end) {
+          stop = last;
+        } else {
+          while (indices[stop] < window_end) ++stop;
+          if (indices[stop] < next_token) next_token = indices[stop];
+        }
+        // As few blocks as possible, all of about the same length.
+        for (int64_t blocks = (stop - j + kBlock - 1) / kBlock; blocks > 0; --blocks) {
+          const int n = blocks == 1 ? int(stop - j) : int((stop - j + blocks - 1) / blocks);
+          process(row, part, j, n);
+          j += n;
+        }
+        lists.cursors[part] = stop;
       }
-      if (j < last && indices[j] < next_token) next_token = indices[j];
-      lists.cursors[part] = j;
+      if (++row == lists.num_rows) {
+        row = 0;
+        part_end += lists.part_length;
+      }
     }
     const int64_t begin_of_window = next_token / lists.window * lists.window;
     window_end =

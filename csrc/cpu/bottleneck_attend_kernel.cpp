@@ -1,6 +1,7 @@
 #include "bottleneck_attend_kernel.h"
 
 #include <common/simd.h>
+#include <common/simd_stream.h>
 
 #include "bottleneck_attend_gather.h"
 
@@ -16,22 +17,34 @@ void forward_block(const AttendForward<C>& a, int64_t row, int64_t part, int64_t
   using V = Vec<C>;
   const int64_t width = a.lists.width;
   const Block<S> block(a.lists, row * a.lists.num_entries + first, n);
-  C weights[kPadded<C>];
-  for (int i = n; i < kPadded<C>; ++i) weights[i] = -INFINITY;
-  block.dots_with(a.query + row * width, width, weights);
-
-  const C old_max = a.part_max[part];
-  C new_max = old_max;
-  for (int i = 0; i < n; ++i) {
-    a.gates[row * a.lists.num_entries + first + i] = weights[i];
-    new_max = weights[i] > new_max ? weights[i] : new_max;
+  constexpr int kVectors = kBlockVectors<C>;
+  V logits[kVectors];
+  block.dots_with(a.query + row * width, width, [&](int i, C x) __attribute__((always_inline)) {
+    // Unused lanes repeat a logit: exp(-inf) would be slow, as all that it rounds below the normal
+    // range is on x86.
+    for (int v = 0; i == 0 && v < kVectors; ++v) logits[v] = V::broadcast(x);
+    set_lane(logits[i / V::size], i % V::size, x);
+  });
+  C* gates = a.gates + row * a.lists.num_entries + first;
+  for (int v = 0; v * V::size < n; ++v) {
+    const int rest = n - v * V::size;
+    rest < V::size ? logits[v].store(gates + v * V::size, rest)
+                   : logits[v].store(gates + v * V::size);
   }
+
+  // Behind the block, the largest logit so far: its weight is what the sums so far are scaled with.
+  const C old_max = a.part_max[part];
+  set_lane(logits[kBlock / V::size], kBlock % V::size, old_max);
+  V maxima = V::broadcast(old_max);  // no NaN: max returns its second argument where the first is
+  for (int v = 0; v < kVectors; ++v) maxima = max(logits[v], maxima);
+  const C new_max = reduce_max(maxima);
   // While all logits are -inf, exp(-inf - 0) = 0 is wanted, not exp(-inf + inf).
   const C shift = new_max == -INFINITY ? C(0) : new_max;
-  const C scale = new_max == old_max ? C(1) : exp_scalar(old_max - shift);
-  for (int i = 0; i < kPadded<C>; i += V::size) {
-    exp(V::load(weights + i) - V::broadcast(shift)).store(weights + i);
+  C weights[kVectors * V::size];
+  for (int v = 0; v < kVectors; ++v) {
+    exp(logits[v] - V::broadcast(shift)).store(weights + v * V::size);
   }
+  const C scale = weights[kBlock];
   C sum = a.part_sum[part] * scale;
   for (int i = 0; i < n; ++i) sum += weights[i];
   a.part_max[part] = new_max;
@@ -137,11 +150,11 @@ void backward_offsets(const AttendBackward<C>& a, int64_t begin, int64_t end) {
     C from_pooled = 0, from_gates = 0;
     if (a.grad_pooled != nullptr) {
       const C* pooled = a.pooled + row * width;
-      dots<1>(a.grad_pooled + row * width, &pooled, width, &from_pooled);
+      dots<1>(a.grad_pooled + row * width, &pooled, width, [&](int, C x) { from_pooled = x; });
     }
     if (a.grad_gates != nullptr) {
       const C* grad_gates = a.grad_gates + row * a.lists.num_entries;
-      dots<1>(gates, &grad_gates, count, &from_gates);
+      dots<1>(gates, &grad_gates, count, [&](int, C x) { from_gates = x; });
     }
     a.takes_part[row] = takes_part;
     a.offsets[row] = (a.grad_lse != nullptr ? a.grad_lse[row] : C(0)) - (from_pooled + from_gates);
@@ -154,7 +167,8 @@ void backward_block(const AttendBackward<C>& a, int64_t row, int64_t part, int64
   const Block<S> block(a.lists, entry, n);
   C grad_logits[kBlock] = {};
   if (a.grad_pooled != nullptr) {
-    block.dots_with(a.grad_pooled + row * width, width, grad_logits);
+    block.dots_with(a.grad_pooled + row * width, width,
+                    [&](int i, C x) __attribute__((always_inline)) { grad_logits[i] = x; });
   }
   for (int i = 0; i < n; ++i) {
     const C grad_gate = a.grad_gates != nullptr ? a.grad_gates[entry + i] : C(0);
@@ -192,7 +206,7 @@ void backward_rows(const AttendBackward<C>& a, int64_t begin, int64_t end) {
 
 // target[e] = sum over entries of gate * dpooled_row[e] + dlogit * query_row[e], for N whole
 // vectors or, with N = 1, for the last rest columns.
-template <int N, bool has_grad_pooled, typename C, typename S>
+template <int N, bool has_grad_pooled, bool streams, typename C, typename S>
 AIT_INLINE void sum_entries(const AttendBackward<C>& a, const AttendEntry<C>* first,
                             const AttendEntry<C>* last, int64_t e, int64_t rest, S* target) {
   using V = Vec<C>;
@@ -216,22 +230,26 @@ AIT_INLINE void sum_entries(const AttendBackward<C>& a, const AttendEntry<C>* fi
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
     S* p = target + e + n * V::size;
-    whole ? sums[n].store(p) : sums[n].store(p, rest);
+    if constexpr (streams) {
+      stream(sums[n], p);
+    } else {
+      whole ? sums[n].store(p) : sums[n].store(p, rest);
+    }
   }
 }
 
 // Covers the columns from e on with tiles of N vectors; returns the first column not covered.
-template <int N, bool has_grad_pooled, typename C, typename S>
+template <int N, bool has_grad_pooled, bool streams, typename C, typename S>
 AIT_INLINE int64_t sum_tiles(const AttendBackward<C>& a, const AttendEntry<C>* first,
                              const AttendEntry<C>* last, int64_t e, int64_t end, S* target) {
   constexpr int64_t kColumns = N * Vec<C>::size;
   for (; e + kColumns <= end; e += kColumns) {
-    sum_entries<N, has_grad_pooled>(a, first, last, e, kColumns, target);
+    sum_entries<N, has_grad_pooled, streams>(a, first, last, e, kColumns, target);
   }
   return e;
 }
 
-template <bool has_grad_pooled, typename C, typename S>
+template <bool has_grad_pooled, bool streams, typename C, typename S>
 void write_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& scratch, int64_t first,
                   int64_t last) {
   const int64_t width = a.lists.width;
@@ -242,10 +260,10 @@ void write_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& scrat
       const AttendEntry<C>* entries_end = scratch.entries + scratch.ends[token - first];
       S* target = static_cast<S*>(a.grad_tokens) + token * width;
       int64_t e = slab;
-      e = sum_tiles<kTile, has_grad_pooled>(a, entries, entries_end, e, slab_end, target);
-      e = sum_tiles<4, has_grad_pooled>(a, entries, entries_end, e, slab_end, target);
+      e = sum_tiles<kTile, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end, target);
+      e = sum_tiles<4, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end, target);
       for (; e < slab_end; e += Vec<C>::size) {
-        sum_entries<1, has_grad_pooled>(a, entries, entries_end, e, slab_end - e, target);
+        sum_entries<1, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end - e, target);
       }
       entries = entries_end;
     }
@@ -306,12 +324,15 @@ void backward_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& sc
     }
     AttendTokenScratch<C> run = scratch;
     run.ends = run_ends;
-    if (a.grad_pooled != nullptr) {
-      write_tokens<true, C, S>(a, run, first, last);
+    if (a.streams) {
+      a.grad_pooled != nullptr ? write_tokens<true, true, C, S>(a, run, first, last)
+                               : write_tokens<false, true, C, S>(a, run, first, last);
     } else {
-      write_tokens<false, C, S>(a, run, first, last);
+      a.grad_pooled != nullptr ? write_tokens<true, false, C, S>(a, run, first, last)
+                               : write_tokens<false, false, C, S>(a, run, first, last);
     }
   }
+  if (a.streams) stream_fence();
 }
 
 template <typename C, typename S>

@@ -14,7 +14,7 @@
 namespace ait::cpu {
 
 // Most tokens of a row that are taken together.
-constexpr int kAttendBlock = 12;
+constexpr int kAttendBlock = 10;
 
 // Which tokens each row asks.
 struct AttendLists {
@@ -58,6 +58,7 @@ struct AttendBackward {
   C* grad_query;         // (R, E)
   void* grad_tokens;     // (T, E), in the storage type of the kernel
   int64_t slab;          // columns whose part of query and grad_pooled stays in cache
+  bool streams;          // grad_tokens is written past the caches: its rows are whole lines
 };
 
 // One listed token of one row, as the token sees it.
