@@ -15,6 +15,18 @@ namespace {
 constexpr int kBlock = kAttendBlock;
 constexpr int64_t kStateBytes = 1 << 20;
 
+// Narrow tokens are taken by more than a block, a segment: as many as stay in the first-level cache
+// share the steps of a softmax, which for a few short rows are all latency.
+constexpr int64_t kSegment = 64;
+constexpr int64_t kSegmentBytes = 1 << 15;
+
+// Most tokens that are taken together; like the order of every sum, it depends on the width alone.
+template <typename S>
+AIT_INLINE int64_t most_together(int64_t width) {
+  const int64_t fitting = kSegmentBytes / (int64_t(sizeof(S)) * (width + 1));
+  return fitting < 2 * kBlock ? kBlock : fitting < kSegment ? fitting : kSegment;
+}
+
 // Vectors that hold the values of a block and one more.
 template <typename C>
 constexpr int kBlockVectors = kBlock / Vec<C>::size + 1;
@@ -122,13 +134,86 @@ struct Block {
   }
 };
 
-// Calls process(row, part, first entry, n) for the blocks of the parts [begin, end), each part's
-// own in order. Parts advance together, one window of tokens after the other, so that a token which
-// several rows list is still in cache when the next row wants it. Windows begin at multiples of
-// their length and cut the lists into blocks: a row's blocks depend on its list and the shape
-// alone.
+// sum = scale * sum + weights[0] x[0] + ... for the N vectors of columns from e on, of which one
+// has `rest` columns left if that is less than a vector: sums stay in registers, those of even and
+// of odd tokens apart.
+template <int N, typename C, typename S>
+AIT_INLINE void accumulate_columns(C scale, const C* weights, const S* const* x, int n, int64_t e,
+                                   int64_t rest, C* sum) {
+  using V = Vec<C>;
+  const auto load = [&](const auto* p, int v) __attribute__((always_inline)) {
+    const auto* at = p + e + v * V::size;
+    return rest < V::size ? V::load(at, rest) : V::load(at);
+  };
+  V even[N], odd[N];
+  for (int v = 0; v < N; ++v) even[v] = load(sum, v) * V::broadcast(scale);
+  for (int v = 0; v < N; ++v) odd[v] = V::zero();
+  int i = 0;
+  for (; i + 2 <= n; i += 2) {
+    const V first = V::broadcast(weights[i]), second = V::broadcast(weights[i + 1]);
+    for (int v = 0; v < N; ++v) even[v] = fmadd(first, load(x[i], v), even[v]);
+    for (int v = 0; v < N; ++v) odd[v] = fmadd(second, load(x[i + 1], v), odd[v]);
+  }
+  if (i < n) {
+    const V last = V::broadcast(weights[i]);
+    for (int v = 0; v < N; ++v) even[v] = fmadd(last, load(x[i], v), even[v]);
+  }
+  for (int v = 0; v < N; ++v) {
+    C* target = sum + e + v * V::size;
+    const V total = even[v] + odd[v];
+    rest < V::size ? total.store(target, rest) : total.store(target);
+  }
+}
+
+// The listed tokens of one segment.
+template <typename S>
+struct Segment {
+  const S* x[kSegment];
+  int n;
+
+  AIT_INLINE Segment(const AttendLists& lists, int64_t first, int count) : n(count) {
+    for (int i = 0; i < count; ++i) {
+      x[i] = static_cast<const S*>(lists.tokens) + lists.indices[first + i] * lists.width;
+    }
+  }
+
+  // out[i] = query . x[i]
+  template <typename C>
+  AIT_INLINE void dots_with(const C* query, int64_t width, C* out) const {
+    constexpr int kTogether = 8;
+    int i = 0;
+    for (; i + kTogether <= n; i += kTogether) {
+      dots<kTogether>(query, x + i, width,
+                      [&](int j, C dot) __attribute__((always_inline)) { out[i + j] = dot; });
+    }
+    for (; i < n; ++i) {
+      dots<1>(query, x + i, width,
+              [&](int, C dot) __attribute__((always_inline)) { out[i] = dot; });
+    }
+  }
+
+  template <typename C>
+  void accumulate_into(C* sum, C scale, const C* weights, int64_t width) const {
+    constexpr int kVectors = 4;
+    constexpr int64_t kColumns = kVectors * Vec<C>::size;
+    int64_t e = 0;
+    for (; e + kColumns <= width; e += kColumns) {
+      accumulate_columns<kVectors>(scale, weights, x, n, e, Vec<C>::size, sum);
+    }
+    for (; e < width; e += Vec<C>::size) {
+      accumulate_columns<1>(scale, weights, x, n, e, width - e, sum);
+    }
+  }
+};
+
+// Calls process(row, part, first entry, n) for the blocks, of up to `most` entries, of the parts
+// [begin, end), each part's own in order. Parts advance together, one window of tokens after the
+// other, so that a token which several rows list is still in cache when the next row wants it.
+// Windows begin at multiples of their length and cut the lists into blocks: a row's blocks depend
+// on its list and the shape alone.
 template <typename Process>
-AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Process process) {
+AIT_INLINE void sweep(const AttendLists& lists, int64_t most, int64_t begin, int64_t end,
+                      Process process) {
   for (int64_t part = begin; part < end; ++part) {
     lists.cursors[part] = part / lists.num_rows * lists.part_length;
   }
@@ -150,7 +235,7 @@ AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Proc
           if (indices[stop] < next_token) next_token = indices[stop];
         }
         // As few blocks as possible, all of about the same length.
-        for (int64_t blocks = (stop - j + kBlock - 1) / kBlock; blocks > 0; --blocks) {
+        for (int64_t blocks = (stop - j + most - 1) / most; blocks > 0; --blocks) {
           const int n = blocks == 1 ? int(stop - j) : int((stop - j + blocks - 1) / blocks);
           process(row, part, j, n);
           j += n;

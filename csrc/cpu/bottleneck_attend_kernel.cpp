@@ -52,6 +52,45 @@ void forward_block(const AttendForward<C>& a, int64_t row, int64_t part, int64_t
   block.accumulate_into(a.part_pooled + part * width, scale, weights, width);
 }
 
+// The same for more than a block of narrow tokens; gates hold the logits meanwhile.
+template <typename C, typename S>
+void forward_segment(const AttendForward<C>& a, int64_t row, int64_t part, int64_t first, int n) {
+  using V = Vec<C>;
+  const int64_t width = a.lists.width;
+  const Segment<S> segment(a.lists, row * a.lists.num_entries + first, n);
+  C* logits = a.gates + row * a.lists.num_entries + first;
+  segment.dots_with(a.query + row * width, width, logits);
+
+  const C old_max = a.part_max[part];
+  V maxima = V::broadcast(old_max);
+  for_each_vector<C>(
+      0, n,
+      [&](int64_t i) __attribute__((always_inline)) { maxima = max(V::load(logits + i), maxima); },
+      [&](int64_t i, int64_t rest) __attribute__((always_inline)) {
+        for (; rest > 0; --rest) maxima = max(V::broadcast(logits[i + rest - 1]), maxima);
+      });
+  const C new_max = reduce_max(maxima);
+  const C shift = new_max == -INFINITY ? C(0) : new_max;
+  const C scale = new_max == old_max ? C(1) : exp_scalar(old_max - shift);
+  const V shifts = V::broadcast(shift);
+  C weights[kSegment];
+  V sums = V::zero();
+  for_each_vector<C>(
+      0, n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const V e = exp(V::load(logits + i) - shifts);
+        e.store(weights + i);
+        sums = sums + e;
+      },
+      [&](int64_t i, int64_t rest) __attribute__((always_inline)) {
+        exp(V::load(logits + i, rest) - shifts).store(weights + i, rest);
+        sums = sums + V::load(weights + i, rest);
+      });
+  a.part_max[part] = new_max;
+  a.part_sum[part] = a.part_sum[part] * scale + reduce_add(sums);
+  segment.accumulate_into(a.part_pooled + part * width, scale, weights, width);
+}
+
 template <typename C, typename S>
 void forward_parts(const AttendForward<C>& a, int64_t begin, int64_t end) {
   const int64_t width = a.lists.width;
@@ -61,9 +100,11 @@ void forward_parts(const AttendForward<C>& a, int64_t begin, int64_t end) {
   }
   std::memset(a.part_pooled + begin * width, 0, size_t((end - begin) * width) * sizeof(C));
   for_each_group<C>(begin, end, width, [&](int64_t first, int64_t last) {
-    sweep(a.lists, first, last, [&](int64_t row, int64_t part, int64_t entry, int n) {
-      forward_block<C, S>(a, row, part, entry, n);
-    });
+    sweep(a.lists, most_together<S>(width), first, last,
+          [&](int64_t row, int64_t part, int64_t entry, int n) {
+            n > kBlock ? forward_segment<C, S>(a, row, part, entry, n)
+                       : forward_block<C, S>(a, row, part, entry, n);
+          });
   });
 }
 
@@ -161,6 +202,16 @@ void backward_offsets(const AttendBackward<C>& a, int64_t begin, int64_t end) {
   }
 }
 
+// grad_logits[i] = gate * (u + dgate + offset), where grad_logits holds u.
+template <typename C>
+AIT_INLINE void finish_grad_logits(const AttendBackward<C>& a, int64_t row, int64_t entry, int n,
+                                   C* grad_logits) {
+  for (int i = 0; i < n; ++i) {
+    const C grad_gate = a.grad_gates != nullptr ? a.grad_gates[entry + i] : C(0);
+    grad_logits[i] = a.gates[entry + i] * ((grad_logits[i] + grad_gate) + a.offsets[row]);
+  }
+}
+
 template <typename C, typename S>
 void backward_block(const AttendBackward<C>& a, int64_t row, int64_t part, int64_t first, int n) {
   const int64_t width = a.lists.width, entry = row * a.lists.num_entries + first;
@@ -170,12 +221,23 @@ void backward_block(const AttendBackward<C>& a, int64_t row, int64_t part, int64
     block.dots_with(a.grad_pooled + row * width, width,
                     [&](int i, C x) __attribute__((always_inline)) { grad_logits[i] = x; });
   }
-  for (int i = 0; i < n; ++i) {
-    const C grad_gate = a.grad_gates != nullptr ? a.grad_gates[entry + i] : C(0);
-    grad_logits[i] = a.gates[entry + i] * ((grad_logits[i] + grad_gate) + a.offsets[row]);
-    a.grad_logits[entry + i] = grad_logits[i];
-  }
+  finish_grad_logits(a, row, entry, n, grad_logits);
+  for (int i = 0; i < n; ++i) a.grad_logits[entry + i] = grad_logits[i];
   block.accumulate_into(a.part_grad_query + part * width, C(1), grad_logits, width);
+}
+
+template <typename C, typename S>
+void backward_segment(const AttendBackward<C>& a, int64_t row, int64_t part, int64_t first, int n) {
+  const int64_t width = a.lists.width, entry = row * a.lists.num_entries + first;
+  const Segment<S> segment(a.lists, entry, n);
+  C* grad_logits = a.grad_logits + entry;
+  if (a.grad_pooled != nullptr) {
+    segment.dots_with(a.grad_pooled + row * width, width, grad_logits);
+  } else {
+    std::memset(grad_logits, 0, size_t(n) * sizeof(C));
+  }
+  finish_grad_logits(a, row, entry, n, grad_logits);
+  segment.accumulate_into(a.part_grad_query + part * width, C(1), grad_logits, width);
 }
 
 template <typename C, typename S>
@@ -183,9 +245,12 @@ void backward_parts(const AttendBackward<C>& a, int64_t begin, int64_t end) {
   const int64_t width = a.lists.width;
   std::memset(a.part_grad_query + begin * width, 0, size_t((end - begin) * width) * sizeof(C));
   for_each_group<C>(begin, end, width, [&](int64_t first, int64_t last) {
-    sweep(a.lists, first, last, [&](int64_t row, int64_t part, int64_t entry, int n) {
-      if (a.takes_part[row]) backward_block<C, S>(a, row, part, entry, n);
-    });
+    sweep(a.lists, most_together<S>(width), first, last,
+          [&](int64_t row, int64_t part, int64_t entry, int n) {
+            if (!a.takes_part[row]) return;
+            n > kBlock ? backward_segment<C, S>(a, row, part, entry, n)
+                       : backward_block<C, S>(a, row, part, entry, n);
+          });
   });
 }
 
