@@ -273,7 +273,6 @@ class GlobalWorkspace(nn.Module):
         if this.is_recompute and self.mask_is_ambient:
             mask = this.mask
         memory = self.memory.as_read(this.stored)
-        loss = memory.new_zeros(())
         if this.writes:
             mixed, loss = self._mix(memory, tokens, mask, this.training)
             updated, finite = self.memory.normalize(mixed)
@@ -281,6 +280,8 @@ class GlobalWorkspace(nn.Module):
             memory = torch.where(accepted, updated, memory)
             if not this.is_recompute:
                 self.memory.store(memory, accepted, finite)
+        else:
+            loss = memory.new_zeros(())
         if this.injection is not None:
             memory, loss = inject_gradient(memory, loss, this.injection), loss.detach()
         retrieved = self.reader(tokens, memory)

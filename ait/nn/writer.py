@@ -107,7 +107,7 @@ class BottleneckWriter(nn.Module):
         if k >= tokens.shape[0]:
             return *attend_to_all(absorbed_RE, tokens, mask), None
         if indices is None:
-            indices = self.select(query_SMD.detach(), absorbed_RE.detach(), tokens.detach(), mask, k)
+            indices = self.select(query_SMD, absorbed_RE, tokens, mask, k)
         pooled_RE, gates_Rk, _ = bottleneck_attend(absorbed_RE, tokens, indices)
         return pooled_RE, gates_Rk, indices
 

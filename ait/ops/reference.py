@@ -169,10 +169,10 @@ def importance_and_load(gates: Tensor, indices: Tensor | None, num_tokens: int, 
         wide = (wide + power) - power
     if indices is None:
         shape = (num_heads, slots_per_head, num_tokens)
-        return torch.stack([wide.view(shape).sum(1), is_open.view(shape).sum(1)])
-    sums, where = wide.new_zeros(2, num_heads, num_tokens), indices.clamp(min=0).view(num_heads, -1)
-    sums[0].scatter_add_(1, where, wide.view(num_heads, -1))
-    sums[1].scatter_add_(1, where, is_open.view(num_heads, -1))
+        return torch.stack([wide.reshape(shape).sum(1), is_open.reshape(shape).sum(1)])
+    sums, where = wide.new_zeros(2, num_heads, num_tokens), indices.clamp(min=0).reshape(num_heads, -1)
+    sums[0].scatter_add_(1, where, wide.reshape(num_heads, -1))
+    sums[1].scatter_add_(1, where, is_open.reshape(num_heads, -1))
     return sums
 
 
@@ -215,7 +215,7 @@ def balance_loss(
 
 def balance_loss_backward(grad_loss: Tensor, gates: Tensor, indices: Tensor, slope: Tensor) -> Tensor:
     """Gradient of :func:`balance_loss` in ``gates``."""
-    of_each = slope.gather(1, indices.clamp(min=0).view(slope.shape[0], -1)).view(indices.shape)
+    of_each = slope.gather(1, indices.clamp(min=0).reshape(slope.shape[0], -1)).reshape(indices.shape)
     return grad_loss * of_each.masked_fill(indices < 0, 0)
 
 

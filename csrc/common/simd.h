@@ -10,7 +10,7 @@
 //   size, zero(), broadcast(x), load(p), load(p, n), store(p), store(p, n), where p may point to C
 //   or to a narrower storage type (float: BFloat16, Float16; double: float); stores round to
 //   nearest even, n < size touches n elements only, and a partial load fills with zeros;
-//   + - * /, fmadd, max, min, reduce_add, reduce_max, not_less_equal_mask, exp.
+//   + - * /, fmadd, max, min, reduce_add, reduce_max, not_less_equal_mask, set_lane, exp.
 #pragma once
 
 #include <cmath>
@@ -143,6 +143,12 @@ AIT_INLINE Vec<C>& operator+=(Vec<C>& a, Vec<C> b) {
 template <typename C>
 AIT_INLINE Vec<C>& operator*=(Vec<C>& a, Vec<C> b) {
   return a = a * b;
+}
+
+// x[lane] = value. The lane should be known when this is compiled, as in an unrolled loop.
+template <typename C>
+AIT_INLINE void set_lane(Vec<C>& x, int lane, C value) {
+  x.raw[lane] = value;
 }
 
 template <typename C>

@@ -20,7 +20,7 @@ constexpr const char* kName = "bottleneck_attend";
 
 // Bytes of tokens, and of query and grad_pooled, that should stay in a second-level cache.
 constexpr int64_t kWindowBytes = 1 << 20;
-constexpr int64_t kSlabBytes = 1 << 18;
+constexpr int64_t kSlabBytes = 1 << 19;
 
 const BottleneckAttendKernels& kernels() { AIT_RETURN_KERNELS(bottleneck_attend_kernels); }
 
@@ -60,13 +60,14 @@ int64_t count_entries(const int64_t* list, int64_t num_entries, int64_t num_toke
   return count;
 }
 
-// Few rows are cut into parts: some hundred parts are enough for any machine, some hundred entries
-// are worth one. They depend on the shape alone, since the order of a sum must not depend on the
-// number of threads.
+// Few rows are cut into parts: some hundred parts are enough for any machine, and they let threads
+// share the tokens among them instead of reading all of them; some hundred entries are worth a
+// part. They depend on the shape alone, since the order of a sum must not depend on the number of
+// threads.
 int64_t part_length_of(int64_t num_rows, int64_t num_entries) {
-  const int64_t wanted = divide_up(256, std::max(num_rows, int64_t{1}));
+  const int64_t wanted = divide_up(512, std::max(num_rows, int64_t{1}));
   const int64_t most = std::max(num_entries / 256, int64_t{1});
-  return std::max(divide_up(divide_up(num_entries, std::min(wanted, most)), 8), int64_t{1}) * 8;
+  return std::max(divide_up(num_entries, std::min(wanted, most)), int64_t{1});
 }
 
 // The lists as the kernels want them, checked, with the memory that they need.
@@ -96,17 +97,19 @@ struct Lists {
 
   AttendLists get() const {
     const int64_t row_bytes = std::max(width * int64_t(tokens_.element_size()), int64_t{1});
-    // A window must also hold a block of entries of each row, or it would cut the blocks short.
-    const int64_t window = std::max(kWindowBytes / row_bytes,
-                                    divide_up(8 * num_tokens, std::max(num_entries, int64_t{1})));
+    // A window should also hold a block of entries of each row.
+    const int64_t window =
+        std::max(kWindowBytes / row_bytes,
+                 divide_up(kAttendBlock * num_tokens, std::max(num_entries, int64_t{1})));
     return {tokens_.const_data_ptr(),
             indices_.const_data_ptr<int64_t>(),
             counts.get(),
+            num_rows,
             num_entries,
             width,
             parts,
             part_length,
-            num_rows * parts > 1 ? window : INT64_MAX,
+            window,
             cursors.get()};
   }
 
@@ -159,6 +162,26 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_attend(const Tensor& query_in,
   return {pooled, gates, lse};
 }
 
+// Whether a result is written past the caches: it is too large to stay there, and its rows are
+// whole lines.
+bool streams(const Tensor& result) {
+  const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
+  const int64_t element = int64_t(result.element_size());
+  return result.numel() * element >= kFromSystem && address % 64 == 0 &&
+         result.size(1) * element % 64 == 0;
+}
+
+// Lets the system clear fresh pages, on all threads, before any is written past the caches: what it
+// clears stays in the caches for a while, and writing past them would have to wait for it.
+void touch_all_pages(Tensor& result) {
+  constexpr int64_t kChunk = int64_t{2} << 20;
+  char* data = static_cast<char*>(result.mutable_data_ptr());
+  const int64_t bytes = result.numel() * int64_t(result.element_size());
+  parallel_for(0, divide_up(bytes, kChunk), 1, [&](int64_t begin, int64_t end) {
+    touch_pages(data + begin * kChunk, data + std::min(end * kChunk, bytes));
+  });
+}
+
 // Tokens are handed out in ranges; the ranges do not change the result.
 template <typename C>
 void run_backward_tokens(const AttendKernels<C>& kernel, const AttendBackward<C>& args,
@@ -167,8 +190,9 @@ void run_backward_tokens(const AttendKernels<C>& kernel, const AttendBackward<C>
                       double(lists.num_tokens) * double(lists.width);
   const int64_t slots =
       num_slots(lists.num_tokens, work / double(std::max(lists.num_tokens, int64_t{1})));
-  const int64_t range =
-      std::clamp(divide_up(lists.num_tokens, 16 * slots), int64_t{64}, int64_t{1024});
+  // Each range searches all lists, so there should be few; some for each thread, to share the work.
+  const int64_t fair = divide_up(lists.num_tokens, slots > 1 ? 8 * slots : 1);
+  const int64_t range = std::clamp(fair, int64_t{128}, int64_t{1024});
   const int64_t capacity =
       std::min(std::max(lists.num_rows, int64_t{1} << 16),
                checked_product(lists.num_rows, std::min(lists.num_entries, range)));
@@ -213,7 +237,6 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
     const Scratch<C> grad_logits(checked_product(lists.num_rows, lists.num_entries));
     const Scratch<C> part_grads(lists.parts > 1 ? checked_product(num_parts, lists.width) : 0);
     C* grad_query_data = grad_query.mutable_data_ptr<C>();
-    // What a range of tokens needs of query and grad_pooled at a time should stay in cache.
     const int64_t column_bytes = std::max(lists.num_rows, int64_t{1}) * 2 * int64_t(sizeof(C));
     const int64_t slab = std::max(kSlabBytes / column_bytes / 64 * 64, int64_t{64});
     const AttendBackward<C> args{lists.get(),
@@ -229,8 +252,8 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
                                  lists.parts > 1 ? part_grads.get() : grad_query_data,
                                  grad_query_data,
                                  grad_tokens.mutable_data_ptr(),
-                                 lists.num_rows,
-                                 slab};
+                                 slab,
+                                 streams(grad_tokens)};
     const double work_per_row = double(lists.width) + double(lists.num_entries);
     parallel_for(0, lists.num_rows, grain(work_per_row),
                  [&](int64_t begin, int64_t end) { kernel.backward_offsets(args, begin, end); });
@@ -241,6 +264,7 @@ std::tuple<Tensor, Tensor> bottleneck_attend_backward(
       parallel_for(0, lists.num_rows, grain(work),
                    [&](int64_t begin, int64_t end) { kernel.backward_rows(args, begin, end); });
     }
+    if (args.streams) touch_all_pages(grad_tokens);
     run_backward_tokens(kernel, args, lists);
   });
   return {contiguous_as(grad_query, query_in.scalar_type()), grad_tokens};

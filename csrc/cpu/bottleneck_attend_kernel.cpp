@@ -1,139 +1,15 @@
 #include "bottleneck_attend_kernel.h"
 
 #include <common/simd.h>
+#include <common/simd_stream.h>
+
+#include "bottleneck_attend_gather.h"
 
 namespace ait::cpu {
 namespace {
 
-// Tokens of a row that are taken together: enough independent sums to hide the latency of fmadd,
-// few enough that they are still in the first-level cache when their weights are known.
-constexpr int kBlock = 8;
-constexpr int64_t kStateBytes = 1 << 19;
-
-template <typename C>
-constexpr int64_t kPadded = kBlock > Vec<C>::size ? kBlock : Vec<C>::size;
-
-template <typename C>
-AIT_INLINE C exp_scalar(C x) {
-  C lanes[Vec<C>::size];
-  exp(Vec<C>::broadcast(x)).store(lanes);
-  return lanes[0];
-}
-
-// Covers the columns [begin, end): whole(e) for each whole vector, then rest(e, columns left).
-template <typename C, typename Whole, typename Rest>
-AIT_INLINE void for_each_vector(int64_t begin, int64_t end, Whole whole, Rest rest) {
-  int64_t e = begin;
-  for (; e + Vec<C>::size <= end; e += Vec<C>::size) whole(e);
-  if (e < end) rest(e, end - e);
-}
-
-// out[n] = query . x[n]. The order of each sum depends on the width alone.
-template <int N, typename C, typename S>
-AIT_INLINE void dots(const C* query, const S* const* x, int64_t width, C* out) {
-  using V = Vec<C>;
-  V sums[N];
-  for (int n = 0; n < N; ++n) sums[n] = V::zero();
-  for_each_vector<C>(
-      0, width,
-      [&](int64_t e) __attribute__((always_inline)) {
-        const V q = V::load(query + e);
-        for (int n = 0; n < N; ++n) sums[n] = fmadd(q, V::load(x[n] + e), sums[n]);
-      },
-      [&](int64_t e, int64_t rest) __attribute__((always_inline)) {
-        const V q = V::load(query + e, rest);
-        for (int n = 0; n < N; ++n) sums[n] = fmadd(q, V::load(x[n] + e, rest), sums[n]);
-      });
-  for (int n = 0; n < N; ++n) out[n] = reduce_add(sums[n]);
-}
-
-// sum = scale * sum + weights[0] x[0] + weights[1] x[1] + ...
-template <int N, typename C, typename S>
-AIT_INLINE void accumulate(C scale, const C* weights, const S* const* x, int64_t width, C* sum) {
-  using V = Vec<C>;
-  V w[N];
-  for (int n = 0; n < N; ++n) w[n] = V::broadcast(weights[n]);
-  const V scales = V::broadcast(scale);
-  for_each_vector<C>(
-      0, width,
-      [&](int64_t e) __attribute__((always_inline)) {
-        V total = V::load(sum + e) * scales;
-        for (int n = 0; n < N; ++n) total = fmadd(w[n], V::load(x[n] + e), total);
-        total.store(sum + e);
-      },
-      [&](int64_t e, int64_t rest) __attribute__((always_inline)) {
-        V total = V::load(sum + e, rest) * scales;
-        for (int n = 0; n < N; ++n) total = fmadd(w[n], V::load(x[n] + e, rest), total);
-        total.store(sum + e, rest);
-      });
-}
-
-// The listed tokens of one block.
-template <typename S>
-struct Block {
-  const S* x[kBlock];
-  int n;
-
-  AIT_INLINE Block(const AttendLists& lists, int64_t first, int count) : n(count) {
-    for (int i = 0; i < count; ++i) {
-      x[i] = static_cast<const S*>(lists.tokens) + lists.indices[first + i] * lists.width;
-    }
-  }
-
-  template <typename C>
-  void dots_with(const C* query, int64_t width, C* out) const {
-    if (n == kBlock) return dots<kBlock>(query, x, width, out);
-    for (int i = 0; i < n; ++i) dots<1>(query, x + i, width, out + i);
-  }
-
-  template <typename C>
-  void accumulate_into(C* sum, C scale, const C* weights, int64_t width) const {
-    if (n == kBlock) return accumulate<kBlock>(scale, weights, x, width, sum);
-    for (int i = 0; i < n; ++i) {
-      accumulate<1>(i == 0 ? scale : C(1), weights + i, x + i, width, sum);
-    }
-  }
-};
-
-// Calls process(row, part, first entry, n) for the blocks of the parts [begin, end), each part's
-// own in order. Parts advance together, one window of tokens after the other, so that a token which
-// several rows list is still in cache when the next row wants it.
-template <typename Process>
-AIT_INLINE void sweep(const AttendLists& lists, int64_t begin, int64_t end, Process process) {
-  const auto stop = [&](int64_t part) {
-    const int64_t last = (part % lists.parts + 1) * lists.part_length;
-    const int64_t count = lists.counts[part / lists.parts];
-    return last < count ? last : count;
-  };
-  for (int64_t part = begin; part < end; ++part) {
-    lists.cursors[part] = part % lists.parts * lists.part_length;
-  }
-  int64_t window_end = 0, next_token;
-  do {
-    next_token = INT64_MAX;
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part / lists.parts, last = stop(part);
-      const int64_t* indices = lists.indices + row * lists.num_entries;
-      int64_t j = lists.cursors[part];
-      for (; j < last && indices[j] < window_end; j += kBlock) {
-        process(row, part, j, int(last - j < kBlock ? last - j : kBlock));
-      }
-      if (j < last && indices[j] < next_token) next_token = indices[j];
-      lists.cursors[part] = j;
-    }
-    window_end = next_token < INT64_MAX - lists.window ? next_token + lists.window : INT64_MAX;
-  } while (next_token != INT64_MAX);
-}
-
-// Splits [begin, end) so that the sums of one group stay in the second-level cache.
-template <typename C, typename Run>
-AIT_INLINE void for_each_group(int64_t begin, int64_t end, int64_t width, Run run) {
-  const int64_t fitting = kStateBytes / (int64_t(sizeof(C)) * (width + 1));
-  const int64_t step = fitting > 1 ? fitting : 1;
-  for (int64_t first = begin; first < end; first += step) {
-    run(first, end - first < step ? end : first + step);
-  }
-}
+// Vectors of a token's gradient that are summed together.
+constexpr int kTile = 8;
 
 // Online softmax: whatever is summed so far is relative to the largest logit so far.
 template <typename C, typename S>
@@ -141,27 +17,78 @@ void forward_block(const AttendForward<C>& a, int64_t row, int64_t part, int64_t
   using V = Vec<C>;
   const int64_t width = a.lists.width;
   const Block<S> block(a.lists, row * a.lists.num_entries + first, n);
-  C weights[kPadded<C>];
-  for (int i = n; i < kPadded<C>; ++i) weights[i] = -INFINITY;
-  block.dots_with(a.query + row * width, width, weights);
-
-  const C old_max = a.part_max[part];
-  C new_max = old_max;
-  for (int i = 0; i < n; ++i) {
-    a.gates[row * a.lists.num_entries + first + i] = weights[i];
-    new_max = weights[i] > new_max ? weights[i] : new_max;
+  constexpr int kVectors = kBlockVectors<C>;
+  V logits[kVectors];
+  block.dots_with(a.query + row * width, width, [&](int i, C x) __attribute__((always_inline)) {
+    // Unused lanes repeat a logit: exp(-inf) would be slow, as all that it rounds below the normal
+    // range is on x86.
+    for (int v = 0; i == 0 && v < kVectors; ++v) logits[v] = V::broadcast(x);
+    set_lane(logits[i / V::size], i % V::size, x);
+  });
+  C* gates = a.gates + row * a.lists.num_entries + first;
+  for (int v = 0; v * V::size < n; ++v) {
+    const int rest = n - v * V::size;
+    rest < V::size ? logits[v].store(gates + v * V::size, rest)
+                   : logits[v].store(gates + v * V::size);
   }
+
+  // Behind the block, the largest logit so far: its weight is what the sums so far are scaled with.
+  const C old_max = a.part_max[part];
+  set_lane(logits[kBlock / V::size], kBlock % V::size, old_max);
+  V maxima = V::broadcast(old_max);  // no NaN: max returns its second argument where the first is
+  for (int v = 0; v < kVectors; ++v) maxima = max(logits[v], maxima);
+  const C new_max = reduce_max(maxima);
   // While all logits are -inf, exp(-inf - 0) = 0 is wanted, not exp(-inf + inf).
   const C shift = new_max == -INFINITY ? C(0) : new_max;
-  const C scale = new_max == old_max ? C(1) : exp_scalar(old_max - shift);
-  for (int i = 0; i < kPadded<C>; i += V::size) {
-    exp(V::load(weights + i) - V::broadcast(shift)).store(weights + i);
+  C weights[kVectors * V::size];
+  for (int v = 0; v < kVectors; ++v) {
+    exp(logits[v] - V::broadcast(shift)).store(weights + v * V::size);
   }
+  const C scale = weights[kBlock];
   C sum = a.part_sum[part] * scale;
   for (int i = 0; i < n; ++i) sum += weights[i];
   a.part_max[part] = new_max;
   a.part_sum[part] = sum;
   block.accumulate_into(a.part_pooled + part * width, scale, weights, width);
+}
+
+// The same for more than a block of narrow tokens; gates hold the logits meanwhile.
+template <typename C, typename S>
+void forward_segment(const AttendForward<C>& a, int64_t row, int64_t part, int64_t first, int n) {
+  using V = Vec<C>;
+  const int64_t width = a.lists.width;
+  const Segment<S> segment(a.lists, row * a.lists.num_entries + first, n);
+  C* logits = a.gates + row * a.lists.num_entries + first;
+  segment.dots_with(a.query + row * width, width, logits);
+
+  const C old_max = a.part_max[part];
+  V maxima = V::broadcast(old_max);
+  for_each_vector<C>(
+      0, n,
+      [&](int64_t i) __attribute__((always_inline)) { maxima = max(V::load(logits + i), maxima); },
+      [&](int64_t i, int64_t rest) __attribute__((always_inline)) {
+        for (; rest > 0; --rest) maxima = max(V::broadcast(logits[i + rest - 1]), maxima);
+      });
+  const C new_max = reduce_max(maxima);
+  const C shift = new_max == -INFINITY ? C(0) : new_max;
+  const C scale = new_max == old_max ? C(1) : exp_scalar(old_max - shift);
+  const V shifts = V::broadcast(shift);
+  C weights[kSegment];
+  V sums = V::zero();
+  for_each_vector<C>(
+      0, n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const V e = exp(V::load(logits + i) - shifts);
+        e.store(weights + i);
+        sums = sums + e;
+      },
+      [&](int64_t i, int64_t rest) __attribute__((always_inline)) {
+        exp(V::load(logits + i, rest) - shifts).store(weights + i, rest);
+        sums = sums + V::load(weights + i, rest);
+      });
+  a.part_max[part] = new_max;
+  a.part_sum[part] = a.part_sum[part] * scale + reduce_add(sums);
+  segment.accumulate_into(a.part_pooled + part * width, scale, weights, width);
 }
 
 template <typename C, typename S>
@@ -173,9 +100,11 @@ void forward_parts(const AttendForward<C>& a, int64_t begin, int64_t end) {
   }
   std::memset(a.part_pooled + begin * width, 0, size_t((end - begin) * width) * sizeof(C));
   for_each_group<C>(begin, end, width, [&](int64_t first, int64_t last) {
-    sweep(a.lists, first, last, [&](int64_t row, int64_t part, int64_t entry, int n) {
-      forward_block<C, S>(a, row, part, entry, n);
-    });
+    sweep(a.lists, most_together<S>(width), first, last,
+          [&](int64_t row, int64_t part, int64_t entry, int n) {
+            n > kBlock ? forward_segment<C, S>(a, row, part, entry, n)
+                       : forward_block<C, S>(a, row, part, entry, n);
+          });
   });
 }
 
@@ -202,23 +131,24 @@ AIT_INLINE bool has_nan(const C* x, int64_t n) {
 template <typename C>
 void forward_row(const AttendForward<C>& a, int64_t row) {
   using V = Vec<C>;
-  const int64_t parts = a.lists.parts, width = a.lists.width, first = row * parts;
+  const int64_t parts = a.lists.parts, width = a.lists.width, num_rows = a.lists.num_rows;
+  const int64_t end = parts * num_rows;
   const int64_t num_entries = a.lists.num_entries, count = a.lists.counts[row];
   C* gates = a.gates + row * num_entries;
   C* pooled = a.pooled + row * width;
   std::memset(gates + count, 0, size_t(num_entries - count) * sizeof(C));
 
   C maximum = -INFINITY;
-  for (int64_t p = first; p < first + parts; ++p) {
+  for (int64_t p = row; p < end; p += num_rows) {
     maximum = a.part_max[p] > maximum ? a.part_max[p] : maximum;
   }
   const C shift = maximum == -INFINITY ? C(0) : maximum;
   C sum = 0;
   if (parts == 1) {
-    sum = a.part_sum[first];
+    sum = a.part_sum[row];
   } else {
     std::memset(pooled, 0, size_t(width) * sizeof(C));
-    for (int64_t p = first; p < first + parts; ++p) {
+    for (int64_t p = row; p < end; p += num_rows) {
       const C scale = exp_scalar(a.part_max[p] - shift);
       const C* part_pooled = a.part_pooled + p * width;
       sum += a.part_sum[p] * scale;
@@ -261,14 +191,24 @@ void backward_offsets(const AttendBackward<C>& a, int64_t begin, int64_t end) {
     C from_pooled = 0, from_gates = 0;
     if (a.grad_pooled != nullptr) {
       const C* pooled = a.pooled + row * width;
-      dots<1>(a.grad_pooled + row * width, &pooled, width, &from_pooled);
+      dots<1>(a.grad_pooled + row * width, &pooled, width, [&](int, C x) { from_pooled = x; });
     }
     if (a.grad_gates != nullptr) {
       const C* grad_gates = a.grad_gates + row * a.lists.num_entries;
-      dots<1>(gates, &grad_gates, count, &from_gates);
+      dots<1>(gates, &grad_gates, count, [&](int, C x) { from_gates = x; });
     }
     a.takes_part[row] = takes_part;
     a.offsets[row] = (a.grad_lse != nullptr ? a.grad_lse[row] : C(0)) - (from_pooled + from_gates);
+  }
+}
+
+// grad_logits[i] = gate * (u + dgate + offset), where grad_logits holds u.
+template <typename C>
+AIT_INLINE void finish_grad_logits(const AttendBackward<C>& a, int64_t row, int64_t entry, int n,
+                                   C* grad_logits) {
+  for (int i = 0; i < n; ++i) {
+    const C grad_gate = a.grad_gates != nullptr ? a.grad_gates[entry + i] : C(0);
+    grad_logits[i] = a.gates[entry + i] * ((grad_logits[i] + grad_gate) + a.offsets[row]);
   }
 }
 
@@ -278,14 +218,26 @@ void backward_block(const AttendBackward<C>& a, int64_t row, int64_t part, int64
   const Block<S> block(a.lists, entry, n);
   C grad_logits[kBlock] = {};
   if (a.grad_pooled != nullptr) {
-    block.dots_with(a.grad_pooled + row * width, width, grad_logits);
+    block.dots_with(a.grad_pooled + row * width, width,
+                    [&](int i, C x) __attribute__((always_inline)) { grad_logits[i] = x; });
   }
-  for (int i = 0; i < n; ++i) {
-    const C grad_gate = a.grad_gates != nullptr ? a.grad_gates[entry + i] : C(0);
-    grad_logits[i] = a.gates[entry + i] * ((grad_logits[i] + grad_gate) + a.offsets[row]);
-    a.grad_logits[entry + i] = grad_logits[i];
-  }
+  finish_grad_logits(a, row, entry, n, grad_logits);
+  for (int i = 0; i < n; ++i) a.grad_logits[entry + i] = grad_logits[i];
   block.accumulate_into(a.part_grad_query + part * width, C(1), grad_logits, width);
+}
+
+template <typename C, typename S>
+void backward_segment(const AttendBackward<C>& a, int64_t row, int64_t part, int64_t first, int n) {
+  const int64_t width = a.lists.width, entry = row * a.lists.num_entries + first;
+  const Segment<S> segment(a.lists, entry, n);
+  C* grad_logits = a.grad_logits + entry;
+  if (a.grad_pooled != nullptr) {
+    segment.dots_with(a.grad_pooled + row * width, width, grad_logits);
+  } else {
+    std::memset(grad_logits, 0, size_t(n) * sizeof(C));
+  }
+  finish_grad_logits(a, row, entry, n, grad_logits);
+  segment.accumulate_into(a.part_grad_query + part * width, C(1), grad_logits, width);
 }
 
 template <typename C, typename S>
@@ -293,20 +245,23 @@ void backward_parts(const AttendBackward<C>& a, int64_t begin, int64_t end) {
   const int64_t width = a.lists.width;
   std::memset(a.part_grad_query + begin * width, 0, size_t((end - begin) * width) * sizeof(C));
   for_each_group<C>(begin, end, width, [&](int64_t first, int64_t last) {
-    sweep(a.lists, first, last, [&](int64_t row, int64_t part, int64_t entry, int n) {
-      if (a.takes_part[row]) backward_block<C, S>(a, row, part, entry, n);
-    });
+    sweep(a.lists, most_together<S>(width), first, last,
+          [&](int64_t row, int64_t part, int64_t entry, int n) {
+            if (!a.takes_part[row]) return;
+            n > kBlock ? backward_segment<C, S>(a, row, part, entry, n)
+                       : backward_block<C, S>(a, row, part, entry, n);
+          });
   });
 }
 
 template <typename C>
 void backward_rows(const AttendBackward<C>& a, int64_t begin, int64_t end) {
-  const int64_t parts = a.lists.parts, width = a.lists.width;
+  const int64_t parts = a.lists.parts, width = a.lists.width, num_rows = a.lists.num_rows;
   if (parts == 1) return;
   for (int64_t row = begin; row < end; ++row) {
     C* grad_query = a.grad_query + row * width;
     std::memset(grad_query, 0, size_t(width) * sizeof(C));
-    for (int64_t p = row * parts; p < (row + 1) * parts; ++p) {
+    for (int64_t p = row; p < parts * num_rows; p += num_rows) {
       const C one = 1;
       const C* part_grad_query = a.part_grad_query + p * width;
       accumulate<1>(C(1), &one, &part_grad_query, width, grad_query);
@@ -316,16 +271,18 @@ void backward_rows(const AttendBackward<C>& a, int64_t begin, int64_t end) {
 
 // target[e] = sum over entries of gate * dpooled_row[e] + dlogit * query_row[e], for N whole
 // vectors or, with N = 1, for the last rest columns.
-template <int N, bool has_grad_pooled, typename C, typename S>
+template <int N, bool has_grad_pooled, bool streams, typename C, typename S>
 AIT_INLINE void sum_entries(const AttendBackward<C>& a, const AttendEntry<C>* first,
                             const AttendEntry<C>* last, int64_t e, int64_t rest, S* target) {
   using V = Vec<C>;
   V sums[N];
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n) sums[n] = V::zero();
   const bool whole = rest >= V::size;
   for (const AttendEntry<C>* entry = first; entry < last; ++entry) {
     const V gate = V::broadcast(entry->gate), grad_logit = V::broadcast(entry->grad_logit);
     const int64_t at = entry->row * a.lists.width + e;
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       const C* query = a.query + at + n * V::size;
       sums[n] = fmadd(grad_logit, whole ? V::load(query) : V::load(query, rest), sums[n]);
@@ -335,17 +292,31 @@ AIT_INLINE void sum_entries(const AttendBackward<C>& a, const AttendEntry<C>* fi
       }
     }
   }
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
     S* p = target + e + n * V::size;
-    whole ? sums[n].store(p) : sums[n].store(p, rest);
+    if constexpr (streams) {
+      stream(sums[n], p);
+    } else {
+      whole ? sums[n].store(p) : sums[n].store(p, rest);
+    }
   }
 }
 
-template <bool has_grad_pooled, typename C, typename S>
+// Covers the columns from e on with tiles of N vectors; returns the first column not covered.
+template <int N, bool has_grad_pooled, bool streams, typename C, typename S>
+AIT_INLINE int64_t sum_tiles(const AttendBackward<C>& a, const AttendEntry<C>* first,
+                             const AttendEntry<C>* last, int64_t e, int64_t end, S* target) {
+  constexpr int64_t kColumns = N * Vec<C>::size;
+  for (; e + kColumns <= end; e += kColumns) {
+    sum_entries<N, has_grad_pooled, streams>(a, first, last, e, kColumns, target);
+  }
+  return e;
+}
+
+template <bool has_grad_pooled, bool streams, typename C, typename S>
 void write_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& scratch, int64_t first,
                   int64_t last) {
-  constexpr int kVectors = 4;
-  constexpr int64_t kColumns = kVectors * Vec<C>::size;
   const int64_t width = a.lists.width;
   for (int64_t slab = 0; slab < width; slab += a.slab) {
     const int64_t slab_end = width - slab < a.slab ? width : slab + a.slab;
@@ -354,11 +325,10 @@ void write_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& scrat
       const AttendEntry<C>* entries_end = scratch.entries + scratch.ends[token - first];
       S* target = static_cast<S*>(a.grad_tokens) + token * width;
       int64_t e = slab;
-      for (; e + kColumns <= slab_end; e += kColumns) {
-        sum_entries<kVectors, has_grad_pooled>(a, entries, entries_end, e, kColumns, target);
-      }
+      e = sum_tiles<kTile, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end, target);
+      e = sum_tiles<4, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end, target);
       for (; e < slab_end; e += Vec<C>::size) {
-        sum_entries<1, has_grad_pooled>(a, entries, entries_end, e, slab_end - e, target);
+        sum_entries<1, has_grad_pooled, streams>(a, entries, entries_end, e, slab_end - e, target);
       }
       entries = entries_end;
     }
@@ -389,7 +359,7 @@ void backward_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& sc
   // How many rows list each token of the range.
   int64_t* ends = scratch.ends;
   std::memset(ends, 0, size_t(end - begin) * sizeof(int64_t));
-  for (int64_t row = 0; row < a.num_rows; ++row) {
+  for (int64_t row = 0; row < a.lists.num_rows; ++row) {
     const int64_t* list = list_of(row);
     const int64_t count = count_of(row);
     int64_t j = scratch.cursors[row] = lower_bound(list, count, begin);
@@ -407,7 +377,7 @@ void backward_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& sc
       total += entries;
     }
     // Row after row: so each token's entries are ordered by row, whatever the range.
-    for (int64_t row = 0; row < a.num_rows; ++row) {
+    for (int64_t row = 0; row < a.lists.num_rows; ++row) {
       const int64_t* list = list_of(row);
       const int64_t count = count_of(row), at = row * num_entries;
       int64_t j = scratch.cursors[row];
@@ -419,12 +389,15 @@ void backward_tokens(const AttendBackward<C>& a, const AttendTokenScratch<C>& sc
     }
     AttendTokenScratch<C> run = scratch;
     run.ends = run_ends;
-    if (a.grad_pooled != nullptr) {
-      write_tokens<true, C, S>(a, run, first, last);
+    if (a.streams) {
+      a.grad_pooled != nullptr ? write_tokens<true, true, C, S>(a, run, first, last)
+                               : write_tokens<false, true, C, S>(a, run, first, last);
     } else {
-      write_tokens<false, C, S>(a, run, first, last);
+      a.grad_pooled != nullptr ? write_tokens<true, false, C, S>(a, run, first, last)
+                               : write_tokens<false, false, C, S>(a, run, first, last);
     }
   }
+  if (a.streams) stream_fence();
 }
 
 template <typename C, typename S>

@@ -2,7 +2,9 @@
 //
 // Shapes: R rows, k entries a row, T tokens, E width. C is the compute type: double for double
 // tokens, float for all others. Rows whose list is long are cut into parts of fixed length, so that
-// few rows can keep many threads busy; parts are combined in order.
+// few rows can keep many threads busy, and threads can share the tokens among them; parts are
+// combined in order. All rows' first parts come first, then all second parts, and so on: parts that
+// stand together read about the same tokens.
 #pragma once
 
 #include <common/cpu_capability.h>
@@ -11,26 +13,30 @@
 
 namespace ait::cpu {
 
+// Most tokens of a row that are taken together.
+constexpr int kAttendBlock = 10;
+
 // Which tokens each row asks.
 struct AttendLists {
   const void* tokens;      // (T, E), in the storage type of the kernel
   const int64_t* indices;  // (R, k)
   const int64_t* counts;   // (R): entries of a row before its first -1
+  int64_t num_rows;        // R
   int64_t num_entries;     // k
   int64_t width;           // E
   int64_t parts;           // parts of a row
-  int64_t part_length;     // entries of a part, a multiple of the block of the kernel
+  int64_t part_length;     // entries of a part
   int64_t window;          // tokens that are worth keeping in cache for the next row
-  int64_t* cursors;        // (R, parts), scratch
+  int64_t* cursors;        // (parts, R), scratch
 };
 
 template <typename C>
 struct AttendForward {
   AttendLists lists;
   const C* query;  // (R, E)
-  C* part_max;     // (R, parts), scratch
-  C* part_sum;     // (R, parts), scratch
-  C* part_pooled;  // (R, parts, E), scratch; pooled itself where parts = 1
+  C* part_max;     // (parts, R), scratch
+  C* part_sum;     // (parts, R), scratch
+  C* part_pooled;  // (parts, R, E), scratch; pooled itself where parts = 1
   C* pooled;       // (R, E)
   C* gates;        // (R, k)
   C* lse;          // (R)
@@ -48,11 +54,11 @@ struct AttendBackward {
   C* offsets;            // (R), scratch: dlse - sum_i gates_i u_i
   bool* takes_part;      // (R), scratch: rows with a gate that is not 0
   C* grad_logits;        // (R, k), scratch
-  C* part_grad_query;    // (R, parts, E), scratch; grad_query itself where parts = 1
+  C* part_grad_query;    // (parts, R, E), scratch; grad_query itself where parts = 1
   C* grad_query;         // (R, E)
   void* grad_tokens;     // (T, E), in the storage type of the kernel
-  int64_t num_rows;      // R
   int64_t slab;          // columns whose part of query and grad_pooled stays in cache
+  bool streams;          // grad_tokens is written past the caches: its rows are whole lines
 };
 
 // One listed token of one row, as the token sees it.

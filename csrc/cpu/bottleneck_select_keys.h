@@ -62,24 +62,38 @@ struct Kept {
   bool in_ties;  // entries equal to the smallest were left out
 };
 
+// A key about half way from `low` to `high` > `low`, above the former. Half way in bits is far from
+// half way in logits where those span many powers of two, zero among them: half of the bits are
+// below 1. But halvings of bits come to an end whatever the keys are.
+template <typename C>
+AIT_INLINE SelectKey<C> between(SelectKey<C> low, SelectKey<C> high, bool may_take_logits) {
+  using Unsigned = typename SelectKeyOf<C>::unsigned_type;
+  constexpr int kMantissaBits = sizeof(C) == 4 ? 23 : 52;
+  const Unsigned span = Unsigned(high) - Unsigned(low);
+  if (may_take_logits && span >> kMantissaBits > 4) {
+    const SelectKey<C> middle = to_key(to_logit<C>(low) / 2 + to_logit<C>(high) / 2);
+    if (low < middle && middle <= high) return middle;  // neither is infinite
+  }
+  return SelectKey<C>(Unsigned(low) + span / 2 + 1);
+}
+
 // Keeps the largest of n > k entries, in their order; of equal ones the first: k of them, or up to
-// `most` if that is quicker. Bisection on the keys: at most one counting pass for each bit of a
-// key, whatever the keys are. There must be room for whole vectors of entries.
+// `most` if that is quicker. Bisection: at most kLogitPasses counting passes and one for each bit
+// of a key, whatever the keys are. There must be room for whole vectors of entries.
 template <typename C>
 Kept<C> keep_largest(SelectKey<C>* keys, int32_t* tokens, int64_t n, int64_t k, int64_t most) {
   using Key = SelectKey<C>;
-  using Unsigned = typename SelectKeyOf<C>::unsigned_type;
-  constexpr int kLanes = Vec<C>::size;
+  constexpr int kLanes = Vec<C>::size, kLogitPasses = 12;
   Key low = keys[0], high = keys[0];
   for (int64_t i = 1; i < n; ++i) {
     low = keys[i] < low ? keys[i] : low;
     high = keys[i] > high ? keys[i] : high;
   }
   int64_t at_least_low = n, above_high = 0;  // throughout, the first is >= k, the second < k
-  while (low < high && at_least_low > most) {
+  for (int pass = 0; low < high && at_least_low > most; ++pass) {
     // First, since ties are frequent: whether all but the smallest are fewer than k.
-    const Unsigned half = at_least_low == n ? 0 : (Unsigned(high) - Unsigned(low)) / 2;
-    const Key middle = Key(Unsigned(low) + half + 1);
+    const Key middle =
+        at_least_low == n ? Key(low + 1) : between<C>(low, high, pass < kLogitPasses);
     const int64_t at_least_middle = count_at_least(keys, n, middle);
     if (at_least_middle >= k) {
       low = middle;

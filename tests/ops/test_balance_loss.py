@@ -97,14 +97,14 @@ SHAPES = [(8, 32, 64, 256), (3, 5, 7, 37), (1, 1, 1, 1), (2, 3, 4, 900), (2, 3, 
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, masked: bool = False) -> tuple[Tensor, ...]:
-    """Gates, indices and mask."""
+    """Gates, some of them 0, indices and mask."""
     heads, slots, k, tokens = shape
     mask = torch.rand(tokens) < 0.3 if masked else torch.zeros(tokens, dtype=torch.bool)
     order = torch.rand(heads * slots, tokens).masked_fill(mask, -1).topk(k)
     indices = torch.where(order.values >= 0, order.indices, tokens).sort().values
     indices[indices == tokens] = -1
     gates = torch.softmax(4 * torch.randn(heads * slots, k, dtype=dtype), dim=-1)
-    return gates.masked_fill(indices < 0, 0), indices, mask
+    return gates.masked_fill((indices < 0) | (torch.rand(indices.shape) < 0.1), 0), indices, mask
 
 
 def defined_loss(gates: Tensor, indices: Tensor, mask: Tensor, heads: int, weight: float) -> Tensor:
@@ -171,6 +171,18 @@ def test_same_bits_for_every_number_of_threads() -> None:
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert_same_bits(a, b)
+
+
+@needs_kernels
+def test_loss_and_slope_do_not_depend_on_the_order_of_the_rows() -> None:
+    gates, indices, _ = sample((1, 500, 20, 40), torch.float64)
+    order = torch.randperm(500)
+    results = [
+        torch.ops.ait.balance_loss(g, i, None, 40, 1, 1.0)
+        for g, i in ((gates, indices), (gates[order], indices[order]))
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nan_gates_give_a_loss_of_nan() -> None:

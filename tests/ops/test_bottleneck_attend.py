@@ -17,13 +17,14 @@ from tests.tolerances import assert_close
 NAMES = ("pooled", "gates", "lse")
 
 # (R rows, k entries, T tokens, E width): odd sizes, whole and broken vectors and blocks, one of everything, long
-# lists of few rows (cut into parts), and nothing of each.
+# lists of few rows (cut into parts), more tokens than rows visit at a time, and nothing of each.
 SHAPES = [
     (3, 5, 20, 7),
     (16, 33, 100, 64),
     (5, 63, 63, 100),
     (1, 1, 1, 1),
     (2, 1500, 2000, 19),
+    (7, 90, 3000, 150),
     (0, 4, 9, 8),
     (3, 0, 9, 8),
     (3, 4, 0, 8),
@@ -184,7 +185,9 @@ def test_compiled_equals_eager_with_dynamic_sizes() -> None:
 
 
 @needs_kernels  # library products depend on shapes and strides
-@pytest.mark.parametrize("shape", [(37, 45, 300, 130), (2, 3000, 4000, 33), (300, 5, 64, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(37, 45, 300, 130), (2, 3000, 4000, 33), (300, 5, 64, 48), (1500, 9, 2000, 300)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_every_number_of_threads(dtype: torch.dtype, shape: tuple) -> None:
     results = []
@@ -204,6 +207,26 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
         alone = ait.ops.bottleneck_attend(query[rows], tokens, indices[rows])
         for name, a, b in zip(NAMES, alone, together, strict=True):
             assert_same_bits(a, b[rows], name)
+
+
+@needs_kernels  # library products depend on shapes and strides
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [512, 500], ids=["whole lines", "broken lines"])
+def test_a_token_gradient_too_large_for_the_caches_has_the_same_bits(width: int, dtype: torch.dtype) -> None:
+    query, few, lists = sample_inputs((6, 20, 100, width), dtype)
+    pooled, gates, lse = ait.ops.bottleneck_attend(query, few, lists)
+    grads = gradients_like((pooled, gates, lse))
+    num_tokens = (34 << 20) // (few.element_size() * width)
+    places = torch.randperm(num_tokens, generator=generator(2))[:100].sort().values
+    many = torch.zeros(num_tokens, width, dtype=dtype)
+    many[places] = few
+    where = torch.where(lists < 0, lists, places[lists.clamp(min=0)])
+    small = torch.ops.ait.bottleneck_attend_backward(*grads, query, few, lists, pooled, gates)
+    for threads in THREADS:
+        with num_threads(threads):
+            large = torch.ops.ait.bottleneck_attend_backward(*grads, query, many, where, pooled, gates)
+        assert_same_bits(large[1][places], small[1], "grad_tokens")
+        assert int(large[1].count_nonzero()) == int(small[1].count_nonzero())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -227,7 +250,7 @@ def test_double_backward_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 1500])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 65, 1500])
 def test_nan_and_infinite_logits_are_treated_as_by_softmax_and_logsumexp(length: int, dtype: torch.dtype) -> None:
     inf, nan = math.inf, math.nan
     cases = ([inf], [-inf], [nan], [inf, -inf], [inf, inf], [nan, inf], [nan, -inf], [-inf, -inf])
