@@ -10,7 +10,8 @@
 //   size, zero(), broadcast(x), load(p), load(p, n), store(p), store(p, n), where p may point to C
 //   or to a narrower storage type (float: BFloat16, Float16; double: float); stores round to
 //   nearest even, n < size touches n elements only, and a partial load fills with zeros;
-//   + - * /, fmadd, max, min, reduce_add, reduce_max, not_less_equal_mask, set_lane, exp.
+//   + - * /, fmadd, max, min, reduce_add, reduce_max, reduce_each, not_less_equal_mask, set_lane,
+//   exp.
 #pragma once
 
 #include <cmath>

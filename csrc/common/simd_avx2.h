@@ -144,6 +144,39 @@ AIT_INLINE double reduce_max(Vec<double> x) {
   return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+// Lane r of the result is what reduce_add or reduce_max of rows[r] is, for op + or max: halves are
+// folded as there, but of two rows at once.
+template <typename Op>
+AIT_INLINE Vec<float> reduce_each(const Vec<float> (&rows)[8], Op op) {
+  Vec<float> fours[4], twos[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = rows[i].raw, b = rows[i + 4].raw;
+    fours[i] = op(Vec<float>{_mm256_permute2f128_ps(a, b, 0x20)},
+                  Vec<float>{_mm256_permute2f128_ps(a, b, 0x31)});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = fours[2 * i].raw, b = fours[2 * i + 1].raw;
+    twos[i] =
+        op(Vec<float>{_mm256_shuffle_ps(a, b, 0x44)}, Vec<float>{_mm256_shuffle_ps(a, b, 0xee)});
+  }
+  const __m256 a = twos[0].raw, b = twos[1].raw;
+  return op(Vec<float>{_mm256_shuffle_ps(a, b, 0x88)}, Vec<float>{_mm256_shuffle_ps(a, b, 0xdd)});
+}
+template <typename Op>
+AIT_INLINE Vec<double> reduce_each(const Vec<double> (&rows)[4], Op op) {
+  Vec<double> twos[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = rows[i].raw, b = rows[i + 2].raw;
+    twos[i] = op(Vec<double>{_mm256_permute2f128_pd(a, b, 0x20)},
+                 Vec<double>{_mm256_permute2f128_pd(a, b, 0x31)});
+  }
+  const __m256d a = twos[0].raw, b = twos[1].raw;
+  return op(Vec<double>{_mm256_unpacklo_pd(a, b)}, Vec<double>{_mm256_unpackhi_pd(a, b)});
+}
+
 // x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about
 // half of n each: the first product is exact, so the result is rounded once.
 AIT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {

@@ -188,6 +188,52 @@ AIT_INLINE double reduce_max(Vec<double> x) {
   return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+// Lane r of the result is what reduce_add or reduce_max of rows[r] is, for op + or max: halves are
+// folded as there, but of two rows at once.
+template <typename Op>
+AIT_INLINE Vec<float> reduce_each(const Vec<float> (&rows)[16], Op op) {
+  Vec<float> eights[8], fours[4], twos[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    // Rows in the order that the last fold leaves: row 4 * (x % 4) + x / 4 is the x-th.
+    const __m512 a = rows[4 * (2 * i % 4) + i / 2].raw, b = rows[4 * (2 * i % 4 + 1) + i / 2].raw;
+    eights[i] = op(Vec<float>{_mm512_shuffle_f32x4(a, b, 0x44)},
+                   Vec<float>{_mm512_shuffle_f32x4(a, b, 0xee)});
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = eights[2 * i].raw, b = eights[2 * i + 1].raw;
+    fours[i] = op(Vec<float>{_mm512_shuffle_f32x4(a, b, 0x88)},
+                  Vec<float>{_mm512_shuffle_f32x4(a, b, 0xdd)});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = fours[2 * i].raw, b = fours[2 * i + 1].raw;
+    twos[i] =
+        op(Vec<float>{_mm512_shuffle_ps(a, b, 0x44)}, Vec<float>{_mm512_shuffle_ps(a, b, 0xee)});
+  }
+  const __m512 a = twos[0].raw, b = twos[1].raw;
+  return op(Vec<float>{_mm512_shuffle_ps(a, b, 0x88)}, Vec<float>{_mm512_shuffle_ps(a, b, 0xdd)});
+}
+template <typename Op>
+AIT_INLINE Vec<double> reduce_each(const Vec<double> (&rows)[8], Op op) {
+  Vec<double> fours[4], twos[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = rows[2 * (2 * i % 4) + i / 2].raw, b = rows[2 * (2 * i % 4 + 1) + i / 2].raw;
+    fours[i] = op(Vec<double>{_mm512_shuffle_f64x2(a, b, 0x44)},
+                  Vec<double>{_mm512_shuffle_f64x2(a, b, 0xee)});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = fours[2 * i].raw, b = fours[2 * i + 1].raw;
+    twos[i] = op(Vec<double>{_mm512_shuffle_f64x2(a, b, 0x88)},
+                 Vec<double>{_mm512_shuffle_f64x2(a, b, 0xdd)});
+  }
+  const __m512d a = twos[0].raw, b = twos[1].raw;
+  return op(Vec<double>{_mm512_unpacklo_pd(a, b)}, Vec<double>{_mm512_unpackhi_pd(a, b)});
+}
+
 // x * 2^n for integral n, rounded once.
 AIT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
   return {_mm512_scalef_ps(x.raw, n.raw)};

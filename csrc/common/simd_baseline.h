@@ -133,6 +133,20 @@ AIT_INLINE C reduce_max(Vec<C> x) {
   return result;
 }
 
+// Lane r of the result is what reduce_add or reduce_max of rows[r] is, for op + or max.
+template <typename Op>
+AIT_INLINE Vec<float> reduce_each(const Vec<float> (&rows)[4], Op op) {
+  const auto lane = [&](int i) {
+    return Vec<float>{{rows[0].raw[i], rows[1].raw[i], rows[2].raw[i], rows[3].raw[i]}};
+  };
+  return op(op(lane(0), lane(2)), op(lane(1), lane(3)));
+}
+template <typename Op>
+AIT_INLINE Vec<double> reduce_each(const Vec<double> (&rows)[2], Op op) {
+  const auto lane = [&](int i) { return Vec<double>{{rows[0].raw[i], rows[1].raw[i]}}; };
+  return op(lane(0), lane(1));
+}
+
 // x * 2^n for integral n of at most twice the exponent range. Multiplies by two powers of about
 // half of n each: the first product is exact, so the result is rounded once.
 template <typename C>

@@ -25,10 +25,8 @@ void take_further_steps(const HopfieldForward<C>& a, const HopfieldForwardScratc
   for (int64_t step = 2; step <= a.steps && moving > 0; ++step) {
     multiply_gram(p, s.weights, rows, s.moved, s.logits);
     if (!(a.tol > 0)) {
-      for (int64_t t = 0; t < rows; ++t) {
-        softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
-        steps_taken[t] = step;
-      }
+      softmax_rows<C>(s.logits, stride, rows, a.beta, patterns, s.weights, nullptr);
+      for (int64_t t = 0; t < rows; ++t) steps_taken[t] = step;
       continue;
     }
     for (int64_t t = 0; t < rows; ++t) {
@@ -72,9 +70,7 @@ void forward(const HopfieldForward<C>& a, const HopfieldForwardScratch<C>& s, in
     const int64_t last = first + rows;
     const Stretch behind = rows_behind<S>(a.state, rows, last, end, p.width);
     multiply_states(p, state, rows, behind.half(0), s.logits);
-    for (int64_t t = 0; t < rows; ++t) {
-      s.sums[t] = softmax(s.logits + t * stride, a.beta, patterns, s.weights + t * stride);
-    }
+    softmax_rows(s.logits, stride, rows, a.beta, patterns, s.weights, s.sums);
     for (int64_t t = 0; t < rows; ++t) {
       a.lse[first + t] = log_sum_exp(s.sums[t], s.logits + t * stride, a.beta, patterns);
       a.steps_taken[first + t] = 1;
@@ -91,9 +87,7 @@ void take_step(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C>& s
                const C* weights, C* next) {
   const int64_t stride = a.patterns.pattern_stride;
   multiply_gram(a.patterns, weights, rows, s.moved, s.product);
-  for (int64_t t = 0; t < rows; ++t) {
-    softmax(s.product + t * stride, a.beta, a.patterns.num_patterns, next + t * stride);
-  }
+  softmax_rows<C>(s.product, stride, rows, a.beta, a.patterns.num_patterns, next, nullptr);
 }
 
 // grad_logits = beta weights (grad_weights - weights . grad_weights): through the softmax and beta.
@@ -155,12 +149,12 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
   const Rows<C> grad_out =
       tile_rows<C, S>(a.grad_out, first, rows, width, true, s.grad_out, width_stride);
   const int64_t last = first + rows;
-  multiply_states(p, state, rows, rows_behind<S>(a.state, rows, last, end, width), s.product);
-  for (int64_t t = 0; t < rows; ++t) {
-    softmax(s.product + t * stride, a.beta, patterns, s.checkpoints + t * stride);
-  }
-  multiply_states(p, grad_out, rows, rows_behind<S>(a.grad_out, rows, last, end, width),
-                  s.grad_weights);
+  // The next tile of both is fetched evenly: memory has no more to give at a time.
+  const Stretch state_behind = rows_behind<S>(a.state, rows, last, end, width);
+  const Stretch grad_behind = rows_behind<S>(a.grad_out, rows, last, end, width);
+  multiply_states(p, state, rows, state_behind.half(0), s.product);
+  softmax_rows<C>(s.product, stride, rows, a.beta, patterns, s.checkpoints, nullptr);
+  multiply_states(p, grad_out, rows, state_behind.half(1), s.grad_weights);
 
   // Forward to the first step of the last segment; then segment by segment back. The segments meet:
   // each holds its first step and the a.segment steps after it.
@@ -195,9 +189,9 @@ void backward_tile(const HopfieldBackward<C>& a, const HopfieldBackwardScratch<C
   multiply_to_storage(s.grad_logits, stride, rows, p.packed, patterns, width, Stretch{}, last < end,
                       static_cast<S*>(a.grad_state) + first * width);
   add_outer(s.last, stride, grad_out.data, grad_out.stride, rows, patterns, width, grad_patterns,
-            width_stride);
+            width_stride, grad_behind.half(0));
   add_outer(s.grad_logits, stride, state.data, state.stride, rows, patterns, width, grad_patterns,
-            width_stride);
+            width_stride, grad_behind.half(1));
 }
 
 template <typename C, typename S>

@@ -279,19 +279,25 @@ void multiply_to_storage(const C* a, int64_t a_stride, int64_t rows, const C* pa
   }
 }
 
-// target (rows, columns) += a^T b for a (depth, rows) and b (depth, columns); the rows of b and
-// target are padded to whole panels.
+// target (rows, columns) += a^T b for a (depth, rows) and b (depth, columns), while `behind` is
+// fetched; the rows of b and target are padded to whole panels.
 template <typename C>
 void add_outer(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64_t depth,
-               int64_t rows, int64_t columns, C* target, int64_t target_stride) {
+               int64_t rows, int64_t columns, C* target, int64_t target_stride,
+               Stretch behind = {}) {
   using V = Vec<C>;
+  const int64_t panels = (columns + kPanel<C> - 1) / kPanel<C>;
+  const int64_t lines = panels > 0 ? behind.rows * behind.row_bytes / (panels * kLine) : 0;
   for (int64_t column = 0; column < columns; column += kPanel<C>) {
+    const char* read = behind.data + column / kPanel<C> * lines * kLine;
     for_each_block(rows, [&](int64_t row, auto block) {
+      const int64_t line = lines * row / rows, next_line = lines * (row + block.value) / rows;
       V sums[block.value][2];
       C* at = target + row * target_stride + column;
       for_each_sum(
           sums, [&](V& sum, int r, int v) { sum = V::load(at + r * target_stride + v * V::size); });
-      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums, NothingUpcoming{});
+      multiply_add(a + row, 1, a_stride, b + column, b_stride, depth, sums,
+                   Upcoming{read + line * kLine, next_line - line});
       for_each_sum(sums,
                    [&](V& sum, int r, int v) { sum.store(at + r * target_stride + v * V::size); });
     });
@@ -342,6 +348,60 @@ AIT_INLINE SoftmaxSum<C> softmax(const C* logits, C beta, int64_t patterns, C* w
     (V::load(weights + m) * inverse).store(weights + m);
   }
   return {maximum, sum};
+}
+
+// The same for the rows of a tile, and with the same bits: where the patterns fill whole vectors,
+// as many tokens at a time as a vector has lanes, so that none needs a reduction of its own. `sums`
+// may be null.
+template <typename C>
+void softmax_rows(const C* logits, int64_t stride, int64_t rows, C beta, int64_t patterns,
+                  C* weights, SoftmaxSum<C>* sums) {
+  using V = Vec<C>;
+  constexpr int size = V::size;
+  const V betas = V::broadcast(beta);
+  int64_t first = 0;
+  for (; patterns % size == 0 && first + size <= rows; first += size) {
+    const C* in = logits + first * stride;
+    C* out = weights + first * stride;
+    V parts[size];
+    C maxima[size], totals[size], inverses[size];
+#pragma GCC unroll 16
+    for (int r = 0; r < size; ++r) {
+      parts[r] = V::broadcast(-INFINITY);
+      for (int64_t m = 0; m < patterns; m += size) {
+        parts[r] = max(V::load(in + r * stride + m) * betas, parts[r]);
+      }
+    }
+    reduce_each(parts, [](V a, V b) __attribute__((always_inline)) {
+      return max(a, b);
+    }).store(maxima);
+#pragma GCC unroll 16
+    for (int r = 0; r < size; ++r) {
+      const V shift = V::broadcast(maxima[r]);
+      parts[r] = V::zero();
+      for (int64_t m = 0; m < patterns; m += size) {
+        const V power = exp(V::load(in + r * stride + m) * betas - shift);
+        power.store(out + r * stride + m);
+        parts[r] += power;
+      }
+    }
+    const V total =
+        reduce_each(parts, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+    total.store(totals);
+    (V::broadcast(C(1)) / total).store(inverses);
+    for (int r = 0; r < size; ++r) {
+      const V inverse = V::broadcast(inverses[r]);
+      for (int64_t m = 0; m < patterns; m += size) {
+        (V::load(out + r * stride + m) * inverse).store(out + r * stride + m);
+      }
+    }
+    for (int r = 0; sums != nullptr && r < size; ++r) sums[first + r] = {maxima[r], totals[r]};
+  }
+  for (; first < rows; ++first) {
+    const SoftmaxSum<C> sum =
+        softmax(logits + first * stride, beta, patterns, weights + first * stride);
+    if (sums != nullptr) sums[first] = sum;
+  }
 }
 
 // logsumexp(beta logits) of one token: infinite where the largest is, unless one is NaN.

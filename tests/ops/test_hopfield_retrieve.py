@@ -259,7 +259,7 @@ def test_the_update_is_the_energys_gradient_step() -> None:
 @pytest.mark.parametrize(("steps", "tol"), STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype, steps: int, tol: float) -> None:
-    for patterns, width in ((32, 64), (17, 33), (50, 9)):
+    for patterns, width in ((32, 64), (16, 40), (17, 33), (50, 9)):
         state, p = sample_inputs((1000, patterns, width), dtype, torch.float32)
         beta = inverse_temperature(width)
         together = ait.ops.hopfield_retrieve(state, p, beta, steps, tol)
@@ -286,7 +286,7 @@ def test_same_bits_for_every_number_of_threads(shape: tuple, steps: int, tol: fl
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_nan_or_infinite_token_touches_no_other(bad: float) -> None:
-    for shape in ((100, 33, 20), (100, 50, 20)):
+    for shape in ((100, 32, 20), (100, 33, 20), (100, 50, 20)):
         state, patterns = sample_inputs(shape)
         damaged = state.clone()
         damaged[41, 7] = bad
@@ -326,11 +326,12 @@ def test_double_backward_is_an_error() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("patterns", [1, 5, 16, 33])
+@pytest.mark.parametrize("patterns", [1, 5, 16, 32, 33])
 def test_nan_and_infinite_logits_are_treated_as_by_softmax_and_logsumexp(patterns: int) -> None:
     # Width 1 and positive patterns: the logits have the sign of the state.
     p = torch.linspace(1, 2, patterns)[:, None]
-    state = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 3e38])[:, None]
+    # Three times: whole vectors of tokens, and some more.
+    state = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 3e38]).repeat(3)[:, None]
     for dtype in (torch.float32, torch.float64):
         actual = ait.ops.hopfield_retrieve(state.to(dtype), p.to(dtype))
         expected = reference.hopfield_retrieve(state.to(dtype), p.to(dtype), 1.0, 1, 0.0)
