@@ -25,6 +25,8 @@ constexpr int64_t kMaxPartialBytes = int64_t{1} << 28;
 // Bytes of one thread's tiles, and of the weights of all steps of one tile, that stay in cache.
 constexpr int64_t kTileBytes = int64_t{3} << 18;
 constexpr int64_t kSegmentBytes = int64_t{1} << 20;
+// The backward holds two tensors' tiles, and those that are fetched behind them.
+constexpr int64_t kMaxForwardTile = 48, kMaxBackwardTile = 24;
 
 const HopfieldRetrieveKernels& kernels() { AIT_RETURN_KERNELS(hopfield_retrieve_kernels); }
 
@@ -111,10 +113,11 @@ class PackedPatterns {
   const Scratch<C> gram_;
 };
 
-// Tokens of a tile: fewer where the patterns are many or wide.
-int64_t tile_size(int64_t values_per_token, int64_t value_size) {
+// Tokens of a tile, a multiple of 12: at most so many, and fewer where the patterns are many or
+// wide.
+int64_t tile_size(int64_t most, int64_t values_per_token, int64_t value_size) {
   const int64_t fitting = kTileBytes / (values_per_token * value_size);
-  return std::clamp(fitting / 12 * 12, int64_t{12}, int64_t{48});
+  return std::clamp(fitting / 12 * 12, int64_t{12}, most);
 }
 
 std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
@@ -136,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> hopfield_retrieve(const Tensor& state_in,
     const PackedPatterns<C> packed(kernel, patterns, steps > 1);
     const int64_t states = steps > 1 ? 2 : 1, weights = steps > 1 ? 4 : 2;
     const int64_t values = states * packed.width_stride + weights * packed.pattern_stride;
-    const int64_t tile = tile_size(values, sizeof(C));
+    const int64_t tile = tile_size(kMaxForwardTile, values, sizeof(C));
     const HopfieldForward<C> args{packed.get(),
                                   state.const_data_ptr(),
                                   C(beta),
@@ -224,7 +227,7 @@ struct BackwardTiles {
   BackwardTiles(const PackedPatterns<C>& packed, int64_t most_steps, int64_t slots)
       : wide(packed.width_stride),
         narrow(packed.pattern_stride),
-        tile(tile_size(3 * wide + 4 * narrow, sizeof(C))),
+        tile(tile_size(kMaxBackwardTile, 3 * wide + 4 * narrow, sizeof(C))),
         segment(segment_of(most_steps)),
         segments(std::max(divide_up(most_steps - 1, segment), int64_t{1})),
         size(checked_product(tile, 3 * wide + (4 + segment + 1 + segments) * narrow)),
