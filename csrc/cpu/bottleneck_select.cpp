@@ -122,9 +122,9 @@ void run(const SelectKernels<C>& kernel, const SelectProblem& problem, const Par
   const int64_t tasks = blocks * ranges;
   const int64_t slots = num_slots(tasks, work_per_task(kernel, problem, partition));
 
-  // A longer list is cut more rarely, and lets more pass until it is.
-  // Lists a multiple of 1 KiB apart would compete for the same cache sets.
-  int64_t capacity = problem.k + std::max(problem.k / 2, int64_t{64});
+  // Where that is not much more, a list holds all tokens of its range, and is cut once. Lists a
+  // multiple of 1 KiB apart would compete for the same cache sets.
+  int64_t capacity = problem.k + std::max(problem.k / kernel.spare_share, int64_t{64});
   if (partition.range_tokens <= 2 * capacity) capacity = partition.range_tokens;
   capacity = divide_up(std::min(capacity, partition.range_tokens), 16) * 16;
   capacity += capacity % 256 == 0 ? 16 : 0;

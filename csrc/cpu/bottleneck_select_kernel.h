@@ -95,6 +95,9 @@ struct SelectKernels {
   // What takes about as long as so many products of a token and a row: loading a token, and what an
   // entry of a list costs beside its product.
   int64_t load_cost, entry_cost;
+  // A list has room for k / spare_share entries beyond k: with more it is cut more rarely, and lets
+  // more pass until it is.
+  int64_t spare_share;
   // Bytes of scratch memory, aligned to 64, that scan() needs for a block of num_rows rows.
   int64_t (*scratch_bytes)(const SelectProblem&, int64_t num_rows);
   // Fills the lists of the task's range, at most k entries each.

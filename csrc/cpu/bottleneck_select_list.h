@@ -136,7 +136,7 @@ class RowLists {
     list.tokens[list.count] = token;
     // A list that holds no more than k even when full holds all tokens of the range.
     if (++list.count == list.full && list.count > problem_.k) {
-      cut(row, problem_.k + (candidates_.capacity - problem_.k) / 8);
+      cut(row, problem_.k + (candidates_.capacity - problem_.k) / 4);
     }
   }
 

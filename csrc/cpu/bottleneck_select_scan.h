@@ -338,8 +338,17 @@ void collect(const SelectProblem& problem, const SelectCandidates<C>& candidates
 
 // Of selection with sums in C of tokens kept as E.
 template <typename C, typename E>
-constexpr SelectKernels<C> kKernels = {Scan<C, E>::kPanelRows, kStepTokens, sizeof(E), 8, 1,
-                                       scratch_bytes<C, E>,    scan<C, E>,  collect<C>};
+constexpr SelectKernels<C> kKernels = {
+    .rows_per_panel = Scan<C, E>::kPanelRows,
+    .tokens_per_step = kStepTokens,
+    .element_size = sizeof(E),
+    .load_cost = 8,
+    .entry_cost = 1,
+    .spare_share = 1,
+    .scratch_bytes = scratch_bytes<C, E>,
+    .scan = scan<C, E>,
+    .collect = collect<C>,
+};
 
 }  // namespace
 }  // namespace ait::cpu

@@ -404,6 +404,7 @@ constexpr SelectKernels<float> kScreenKernels = {
     .element_size = sizeof(float) + sizeof(BFloat16),
     .load_cost = 48,
     .entry_cost = 8,
+    .spare_share = 2,
     .scratch_bytes = screen_scratch_bytes,
     .scan = screen,
     .collect = collect<float>,
