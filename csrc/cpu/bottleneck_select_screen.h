@@ -17,7 +17,7 @@ namespace {
 // Logits that are computed at once, of one token: enough sums to hide the latency of fmadd.
 constexpr int kExactRows = 8;
 // How much of the width is multiplied at a time.
-constexpr int64_t kScreenDepth = 384;
+constexpr int64_t kScreenDepth = 256;
 // So many times k tokens are looked at first, for a threshold to begin with.
 constexpr int64_t kSample = 8;
 
