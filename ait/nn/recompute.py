@@ -105,11 +105,13 @@ class ForwardRecords:
     def add(self, tokens: Tensor, mask: Tensor | None, forward_pass: ForwardPass) -> None:
         """Records a pass that is no recompute, if it may be recomputed.
 
-        Both kinds of checkpointing show in the pass itself: one has hooks on saved tensors, the other no autograd.
+        Both kinds of checkpointing show in the pass itself. One has hooks on saved tensors. The other runs inside a
+        function of autograd, without autograd; if the region turns that on again, forward mode stays off.
         """
         if torch._C._current_graph_task_id() == -1:
             self.recomputes.clear()
-        if torch.is_grad_enabled() and not _recomputes_by_hooks():
+        without_autograd = not (torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled())
+        if not (without_autograd or _recomputes_by_hooks()):
             return
         if len(self.records) == RECORDS_KEPT:
             self.last_dropped = self.records[0].sequence_number

@@ -317,6 +317,14 @@ def test_passes_that_nothing_recomputes_are_not_recorded() -> None:
     assert len(layer.workspace._records.records) == 2
 
 
+def test_a_reentrant_region_that_turns_autograd_on_is_recomputed_all_the_same() -> None:
+    def with_grad(model: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(torch.enable_grad()(model.forward), x, use_reentrant=True)
+
+    for order, equal in itertools.product(ORDERS, (False, True)):
+        assert_equal_runs(with_grad, Model("block"), two_batches(equal), order, "nothing")
+
+
 @pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
 def test_plain_passes_in_between_leave_a_recompute_alone(run: Run) -> None:
     results = []
