@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ait.ops import reference
-from ait.ops._checks import no_double_backward
+from ait.ops._checks import check_tensors, no_double_backward
 from ait.ops._library import register_reference
 
 
@@ -16,7 +16,7 @@ def balance_of(
     """The squared variations ``CV^2`` of all heads' importance and load over the tokens, summed, times ``weight``.
 
     Args:
-        gates: ``(S*M, k)``, heads outermost, each in ``[0, 1]``, float32 or float64.
+        gates: ``(S*M, k)``, heads outermost, each in ``[0, 1]``, float32 or float64; 0 where the index is -1.
         indices: ``(S*M, k)``, the tokens that the gates belong to, -1 for none; None where ``k`` is all tokens, in
             order.
         mask: ``(T,)`` bool, True = ignore: such tokens have no gate above 0. Or None.
@@ -32,6 +32,7 @@ def balance_of(
         sums = reference.importance_and_load(gates, indices, num_tokens, num_heads)
         variation, _, _ = reference.squared_variation(sums, mask)
         return (variation.sum() * weight).to(gates.dtype)
+    check_tensors("balance_loss", gates=gates)
     loss: Tensor = torch.ops.ait.balance_loss(gates, indices, mask, num_tokens, num_heads, weight)[0]
     return loss
 

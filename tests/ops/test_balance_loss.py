@@ -199,6 +199,12 @@ def test_double_backward_is_an_error() -> None:
         grad.sum().backward()
 
 
+def test_forward_mode_autograd_is_an_error_and_not_a_lost_tangent() -> None:
+    gates, indices, _ = sample((2, 3, 4, 9))
+    with pytest.raises(NotImplementedError, match="balance_loss: forward-mode autograd is not implemented"):
+        torch.func.jvp(lambda g: balance_of(g, indices, None, 9, 2, 1.0), (gates,), (gates,))
+
+
 @needs_kernels
 def test_what_would_leave_memory_is_an_error() -> None:
     gates, indices, _ = sample((2, 3, 4, 9))
