@@ -55,8 +55,8 @@ format: $(STATE)  ## format the sources in place
 	$(PYTHON) -m ruff format .
 	$(PYTHON) $(CLANG_FORMAT) -i $(CLANG_FORMATTED)
 
-bench: build  ## the operators against plain PyTorch
-	$(PYTHON) experiments/bench/operators.py
+bench: build  ## the operators against plain PyTorch; writes build/bench.json and build/bench.md
+	$(PYTHON) experiments/bench/operators.py --out build/bench.json
 
 gpu-check: build  ## build, test and measure the CUDA kernels on this machine's GPU; writes gpu_check.json
 	$(PYTHON) experiments/bench/gpu_check.py
