@@ -72,7 +72,7 @@ AIT_INLINE SelectKey<C> between(SelectKey<C> low, SelectKey<C> high, bool may_ta
   const Unsigned span = Unsigned(high) - Unsigned(low);
   if (may_take_logits && span >> kMantissaBits > 4) {
     const SelectKey<C> middle = to_key(to_logit<C>(low) / 2 + to_logit<C>(high) / 2);
-    if (low < middle && middle <= high) return middle;  // neither is infinite
+    if (low < middle && middle <= high) return middle;  // high if not finite
   }
   return SelectKey<C>(Unsigned(low) + span / 2 + 1);
 }
