@@ -108,7 +108,9 @@ def draw(sweeps: dict[str, list[Point]], about: dict[str, Any], path: Path) -> N
     axes[0].set_ylabel("write, forward + backward (ms)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLES), frameon=False)
-    figure.suptitle(f"{about['processor']}, {about['threads']} threads, {about['instruction set'].partition(' (')[0]}, float32")
+    figure.suptitle(
+        f"{about['processor']}, {about['threads']} threads, {about['instruction set'].partition(' (')[0]}, float32"
+    )
     figure.savefig(path)
 
 
