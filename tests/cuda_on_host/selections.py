@@ -3,7 +3,7 @@
 # Tests of tests/ops that ask about the CPU alone, or are too large for fibers.
 LEFT_OUT = "not (threads or compiled or instruction or most_steps or many_patterns or opcheck or without_dense)"
 SELECTIONS = {
-    "bottleneck_attend": "not (many_rows_may or layout and (float16 or float32))",
+    "bottleneck_attend": "not (many_rows_may or too_large_for_the_caches or layout and (float16 or float32))",
     "bottleneck_select": (
         "(adversarial and float32) or first_are_kept or padding or masked or nan_comes or panel"
         " or may_be_huge or wrong_arguments or (rounds_both and not float32) or one_group or expanded or no_gradient"
