@@ -17,7 +17,8 @@ from tests.tolerances import assert_close
 NAMES = ("pooled", "gates", "lse")
 
 # (R rows, k entries, T tokens, E width): odd sizes, whole and broken vectors and blocks, one of everything, long
-# lists of few rows (cut into parts), more tokens than rows visit at a time, and nothing of each.
+# lists of few rows (cut into parts), more tokens than rows visit at a time, tokens so wide that few are taken
+# together, and nothing of each.
 SHAPES = [
     (3, 5, 20, 7),
     (16, 33, 100, 64),
@@ -25,6 +26,7 @@ SHAPES = [
     (1, 1, 1, 1),
     (2, 1500, 2000, 19),
     (7, 90, 3000, 150),
+    (4, 50, 120, 900),
     (0, 4, 9, 8),
     (3, 0, 9, 8),
     (3, 4, 0, 8),

@@ -16,7 +16,7 @@ from tests.ops.common import ROOT, needs_kernels
 # Operator: (file, what it says, what it should better not say, which tests are to fail).
 SLIPS = {
     "bottleneck_select": (
-        "bottleneck_select_list.h",
+        "bottleneck_select_keys.h",
         "in_ties ? k - above_high : n",
         "in_ties ? k : n",
         "first_are_kept",
