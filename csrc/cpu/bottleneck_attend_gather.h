@@ -107,17 +107,23 @@ AIT_INLINE void accumulate(C scale, const C* weights, const S* const* x, int64_t
       });
 }
 
-// The listed tokens of one block.
-template <typename S>
-struct Block {
-  const S* x[kBlock];
+// Where the tokens of some entries of the lists are, at most kMost.
+template <int kMost, typename S>
+struct Listed {
+  const S* x[kMost];
   int n;
 
-  AIT_INLINE Block(const AttendLists& lists, int64_t first, int count) : n(count) {
+  AIT_INLINE Listed(const AttendLists& lists, int64_t first, int count) : n(count) {
     for (int i = 0; i < count; ++i) {
       x[i] = static_cast<const S*>(lists.tokens) + lists.indices[first + i] * lists.width;
     }
   }
+};
+
+// The listed tokens of one block.
+template <typename S>
+struct Block : Listed<kBlock, S> {
+  using Listed<kBlock, S>::Listed, Listed<kBlock, S>::x, Listed<kBlock, S>::n;
 
   template <typename C, typename Take>
   AIT_INLINE void dots_with(const C* query, int64_t width, Take take) const {
@@ -167,15 +173,8 @@ AIT_INLINE void accumulate_columns(C scale, const C* weights, const S* const* x,
 
 // The listed tokens of one segment.
 template <typename S>
-struct Segment {
-  const S* x[kSegment];
-  int n;
-
-  AIT_INLINE Segment(const AttendLists& lists, int64_t first, int count) : n(count) {
-    for (int i = 0; i < count; ++i) {
-      x[i] = static_cast<const S*>(lists.tokens) + lists.indices[first + i] * lists.width;
-    }
-  }
+struct Segment : Listed<kSegment, S> {
+  using Listed<kSegment, S>::Listed, Listed<kSegment, S>::x, Listed<kSegment, S>::n;
 
   // out[i] = query . x[i]
   template <typename C>
